@@ -1,0 +1,40 @@
+"""Data and model parallelism, by hand: the companion package of the course.
+
+``course_lib.devices(4)`` gives four GPUs, real or virtual; ``course_lib.trace()`` shows what they
+did. The rest is in modules named after what they hold.
+"""
+
+from course_lib.hardware import (
+    devices,
+    host_seconds,
+    is_virtual,
+    memory_capacity,
+    memory_in_use,
+    peak_memory,
+    reset_peak_memory,
+    synchronize,
+)
+from course_lib.timeline import Trace, region, trace
+from course_lib.virtual.memory import format_bytes
+from course_lib.virtual.spec import A100, CLASSROOM, H100, H200, LAPTOP, Spec
+
+__all__ = [
+    "A100",
+    "CLASSROOM",
+    "H100",
+    "H200",
+    "LAPTOP",
+    "Spec",
+    "Trace",
+    "devices",
+    "format_bytes",
+    "host_seconds",
+    "is_virtual",
+    "memory_capacity",
+    "memory_in_use",
+    "peak_memory",
+    "region",
+    "reset_peak_memory",
+    "synchronize",
+    "trace",
+]

@@ -1,0 +1,95 @@
+"""Data parallelism: a copy of the model on every device, a part of the batch for each.
+
+What lesson 02 derives. PyTorch's own is ``torch.nn.parallel.DistributedDataParallel`` (Li and
+others, "PyTorch Distributed", 2020), with one process a device.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from course_lib.collectives import all_reduce
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def replicate(model: nn.Module, devices: list[torch.device]) -> list[nn.Module]:
+    """One copy of ``model`` on each device; ``model`` itself stays where it is."""
+    return [copy.deepcopy(model).to(device) for device in devices]
+
+
+def split_batch(batch: Tensor, devices: list[torch.device]) -> list[Tensor]:
+    """Split a batch along its first dimension, one shard a device.
+
+    Shards differ by at most one example; with fewer examples than devices, some are empty.
+    """
+    shards = torch.tensor_split(batch, len(devices))
+    return [shard.to(device) for shard, device in zip(shards, devices, strict=True)]
+
+
+def backward_on_shards(
+    replicas: list[nn.Module],
+    inputs: list[Tensor],
+    targets: list[Tensor],
+    loss_function: Loss,
+    batch_size: int | None = None,
+) -> list[Tensor]:
+    """Compute the loss and the gradients of every shard on its own device.
+
+    Each shard's loss is a mean over the shard. Weighted by the shard's share of the batch, the
+    losses add up to the mean over the batch, and so do their gradients, however uneven the shards.
+
+    Args:
+        loss_function: returns the mean loss of (outputs, targets).
+        batch_size: examples that the mean is over, if not those of these shards alone: with
+            gradient accumulation, the examples of all the small batches.
+
+    Returns:
+        Each shard's part of the mean loss, a scalar on its device. A read of one makes the host
+        wait, so read them after all the work has been enqueued.
+    """
+    batch_size = batch_size or sum(len(shard) for shard in inputs)
+    losses = []
+    for replica, x, y in zip(replicas, inputs, targets, strict=True):
+        if len(x) == 0:
+            continue
+        loss = loss_function(replica(x), y) * (len(x) / batch_size)
+        loss.backward()
+        losses.append(loss.detach())
+    return losses
+
+
+def all_reduce_gradients(replicas: list[nn.Module]) -> None:
+    """Replace every gradient by the sum over all replicas, one parameter at a time.
+
+    A parameter without a gradient on any replica (a frozen one) is left alone. A replica that
+    has none while others do, because its shard was empty, takes part with zeros.
+    """
+    for parameters in zip(*(replica.parameters() for replica in replicas), strict=True):
+        if all(parameter.grad is None for parameter in parameters):
+            continue
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        all_reduce([parameter.grad for parameter in parameters])
+
+
+def train_step(
+    replicas: list[nn.Module],
+    optimizers: list[torch.optim.Optimizer],
+    inputs: list[Tensor],
+    targets: list[Tensor],
+    loss_function: Loss,
+) -> list[Tensor]:
+    """One step of data-parallel training; returns each shard's part of the mean loss."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    losses = backward_on_shards(replicas, inputs, targets, loss_function)
+    all_reduce_gradients(replicas)
+    for optimizer in optimizers:
+        optimizer.step()
+    return losses

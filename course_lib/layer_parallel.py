@@ -1,0 +1,108 @@
+"""Model parallelism by layers: each device holds some of the layers, activations move between.
+
+What lesson 04 derives. Also called inter-layer or vertical model parallelism; without microbatches
+it is the naive form of pipeline parallelism (Huang and others, "GPipe", 2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor, nn
+
+
+class LayerParallel(nn.Module):
+    """A sequential model whose layers are placed on several devices.
+
+    The forward pass moves the activation from each stage's device to the next one's. Autograd
+    records the move, and moves the activation's gradient back the same way in the backward pass.
+
+    Args:
+        layers: the model; it is taken apart and moved, not copied.
+        devices: one for each stage.
+        cuts: where to cut, positions in ``layers``: ``[2, 5]`` makes three stages, layers 0 and 1,
+            layers 2 to 4, and the rest.
+
+    Raises:
+        ValueError: the cuts do not make one non-empty stage for each device, or two stages share
+            a parameter.
+    """
+
+    def __init__(
+        self, layers: nn.Sequential, devices: Sequence[torch.device], cuts: Sequence[int]
+    ) -> None:
+        super().__init__()
+        edges = [0, *cuts, len(layers)]
+        if len(cuts) != len(devices) - 1 or any(b <= a for a, b in pairwise(edges)):
+            raise ValueError(
+                f"{len(devices)} devices need {len(devices) - 1} cuts, in rising order, strictly "
+                f"between 0 and {len(layers)}: got {list(cuts)}"
+            )
+        # A slice of an MLP or a GPT would call that class's constructor.
+        plain = list(layers)
+        self.stages = nn.ModuleList(nn.Sequential(*plain[a:b]) for a, b in pairwise(edges))
+        _check_nothing_shared(self.stages)
+        self.devices = list(devices)
+        for stage, device in zip(self.stages, self.devices, strict=True):
+            stage.to(device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The model's output, on the last device; ``x`` may start anywhere."""
+        for stage, device in zip(self.stages, self.devices, strict=True):
+            x = stage(x.to(device))
+        return x
+
+
+def _check_nothing_shared(stages: nn.ModuleList) -> None:
+    seen: set[nn.Parameter] = set()
+    for stage in stages:
+        parameters = set(stage.parameters())
+        if seen & parameters:
+            raise ValueError(
+                "two stages share a parameter, which can only be on one device: "
+                "build the model untied, as in GPT(..., tied=False)"
+            )
+        seen |= parameters
+
+
+def balanced_cuts(costs: Sequence[float], stage_count: int) -> list[int]:
+    """Cut a row of layers into stages so that the costliest stage costs as little as it can.
+
+    Args:
+        costs: one number for each layer: its parameters, FLOPs or bytes.
+        stage_count: how many stages.
+
+    Returns:
+        ``stage_count - 1`` positions, as :class:`LayerParallel` takes them.
+
+    Raises:
+        ValueError: there are fewer layers than stages.
+    """
+    count = len(costs)
+    if not 1 <= stage_count <= count:
+        raise ValueError(f"cannot cut {count} layers into {stage_count} non-empty stages")
+    total = [0.0, *accumulate(costs)]
+    # best[i] is (cost of the costliest stage, cuts) for the first i layers.
+    best = {i: (total[i], []) for i in range(1, count + 1)}
+    for stages in range(2, stage_count + 1):
+        best = {
+            end: min(
+                (max(best[cut][0], total[end] - total[cut]), [*best[cut][1], cut])
+                for cut in range(stages - 1, end)
+            )
+            for end in range(stages, count + 1)
+        }
+    return best[count][1]
+
+
+def boundary_bytes(activation_numel: int, element_size: int, device_count: int) -> int:
+    """Bytes of one training step over all boundaries: the activation forward, its gradient back.
+
+    Args:
+        activation_numel: numbers in the activation at each boundary, batch times width.
+        element_size: bytes of one number.
+        device_count: devices in the row.
+    """
+    return 2 * activation_numel * element_size * (device_count - 1)

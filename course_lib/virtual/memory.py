@@ -1,0 +1,71 @@
+"""Who holds what: bytes in use on each device, counted once for each piece of storage."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+
+
+class Memory:
+    """The memory of one device: how much it has, how much is in use, and the most there was."""
+
+    def __init__(self, device: str, capacity: float) -> None:
+        self.device = device
+        self.capacity = capacity
+        self.in_use = 0
+        self.peak = 0
+        self.listeners: list[Callable[[int], None]] = []
+
+    def allocate(self, nbytes: int) -> Allocation:
+        """Take ``nbytes``.
+
+        Raises:
+            torch.OutOfMemoryError: the device does not have them, in the words of CUDA.
+        """
+        if self.in_use + nbytes > self.capacity:
+            # Tensors in unreachable reference cycles are garbage that Python has not looked at
+            # yet. Whether a program fits must not depend on when it last did.
+            gc.collect()
+            if self.in_use + nbytes > self.capacity:
+                raise torch.OutOfMemoryError(
+                    f"{self.device} out of memory. Tried to allocate {format_bytes(nbytes)}. "
+                    f"It has a total capacity of {format_bytes(self.capacity)}, "
+                    f"of which {format_bytes(self.capacity - self.in_use)} is free "
+                    f"and {format_bytes(self.in_use)} is in use."
+                )
+        return Allocation(self, nbytes)
+
+    def change(self, nbytes: int) -> None:
+        """Count ``nbytes`` more, or fewer when negative."""
+        self.in_use += nbytes
+        self.peak = max(self.peak, self.in_use)
+        for listen in self.listeners:
+            listen(self.in_use)
+
+
+class Allocation:
+    """One piece of device memory; every tensor that views it holds this object.
+
+    Python destroys it with the last of those tensors, and the bytes are free again.
+    """
+
+    __slots__ = ("memory", "nbytes")
+
+    def __init__(self, memory: Memory, nbytes: int) -> None:
+        self.memory = memory
+        self.nbytes = nbytes
+        memory.change(nbytes)
+
+    def __del__(self) -> None:
+        self.memory.change(-self.nbytes)
+
+
+def format_bytes(nbytes: float) -> str:
+    """``3145728`` as ``"3.15 MB"``; powers of 1000, as in a data sheet."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"

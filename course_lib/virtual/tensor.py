@@ -1,0 +1,390 @@
+"""The virtual GPU's tensor: real numbers inside, a device's rules around them.
+
+``VirtualTensor`` is a wrapper subclass: to PyTorch it is a tensor on ``vgpu:1``, and inside it
+holds an ordinary CPU tensor with the numbers. PyTorch's dispatcher hands every operator that
+touches one to ``__torch_dispatch__``, below autograd, so that autograd, hooks, optimisers and
+modules work as on any device. Each call then goes through the same five steps, in
+:func:`execute`: unwrap the arguments, check that they share a device, run the operator on the
+numbers inside, account for memory and time, wrap what came out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+
+from course_lib.virtual.cost import flops_formula
+from course_lib.virtual.machine import DEVICE_TYPE, machine
+from course_lib.virtual.memory import Allocation
+
+aten = torch.ops.aten
+
+_make_wrapper = torch.Tensor._make_wrapper_subclass
+_is_alias_of = torch._C._is_alias_of
+_DEVICES: dict[int, torch.device] = {}
+
+
+class VirtualTensor(torch.Tensor):
+    """A tensor on a virtual GPU. Made by :func:`wrap` and by nothing else.
+
+    Attributes:
+        inner: the CPU tensor with the numbers.
+        index: which virtual GPU it is on.
+        allocation: the memory that it keeps in use, shared with its views.
+    """
+
+    inner: torch.Tensor
+    index: int
+    allocation: Allocation
+
+    # Nothing here changes what a Python-level function means, and asking costs 5 us a call.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        handler = _HANDLERS.get(func, execute)
+        return handler(func, args, kwargs or {})
+
+    def __repr__(self, *, tensor_contents: str | None = None) -> str:
+        machine.clock.wait(self.index)
+        numbers = repr(self.inner)
+        suffix = f", device='{self.device}'"
+        if self.grad_fn is not None:
+            suffix += f", grad_fn=<{type(self.grad_fn).__name__}>"
+        elif self.requires_grad:
+            suffix += ", requires_grad=True"
+        text = f"{numbers[:-1]}{suffix})"
+        if isinstance(self, torch.nn.Parameter):
+            return f"Parameter containing:\n{text}"
+        return text
+
+    def numpy(self, *, force: bool = False):
+        if not force:
+            raise TypeError(
+                f"can't convert {self.device} device type tensor to numpy. "
+                "Use Tensor.cpu() to copy the tensor to host memory first."
+            )
+        return self.detach().cpu().numpy()
+
+    def __array__(self, dtype=None, copy=None):
+        return self.numpy()
+
+    def tolist(self) -> Any:
+        return self.detach().cpu().tolist()
+
+    def _set_data(self, value: torch.Tensor) -> None:
+        if not isinstance(value, VirtualTensor):
+            raise RuntimeError(
+                f"cannot set .data of a tensor on {self.device} to one on {value.device}: "
+                f"move it first, with .to('{self.device}')"
+            )
+        torch._C.TensorBase.data.__set__(self, value)
+        self.inner, self.index, self.allocation = value.inner, value.index, value.allocation
+
+    # ``x.data = y`` replaces what PyTorch sees; the numbers inside must follow.
+    data = property(torch._C.TensorBase.data.__get__, _set_data)
+
+
+def device_of(index: int) -> torch.device:
+    """``torch.device("vgpu", index)``, made once."""
+    if index not in _DEVICES:
+        _DEVICES[index] = torch.device(DEVICE_TYPE, index)
+    return _DEVICES[index]
+
+
+def wrap(inner: torch.Tensor, index: int, allocation: Allocation | None = None) -> VirtualTensor:
+    """A tensor on ``vgpu:index`` around ``inner``; it takes new memory unless told whose it views.
+
+    Raises:
+        torch.OutOfMemoryError: the device is full.
+    """
+    if allocation is None:
+        allocation = machine.memories[index].allocate(inner.untyped_storage().nbytes())
+    # Positional arguments, because parsing names would take as long as all the rest.
+    outer = _make_wrapper(
+        VirtualTensor,
+        inner.shape,
+        inner.stride(),
+        inner.storage_offset(),
+        None,
+        inner.dtype,
+        torch.strided,
+        device_of(index),
+    )
+    outer.inner = inner
+    outer.index = index
+    outer.allocation = allocation
+    return outer
+
+
+class Operator:
+    """What :func:`execute` must know of one operator, looked up once and kept."""
+
+    known: ClassVar[dict[torch._ops.OpOverload, Operator]] = {}
+
+    def __init__(self, func: torch._ops.OpOverload) -> None:
+        tags = func.tags
+        self.name: str = func._opname
+        self.flops = flops_formula(func)
+        self.is_mutable: bool = func._schema.is_mutable
+        self.is_random = torch.Tag.nondeterministic_seeded in tags
+        self.has_dynamic_shape = torch.Tag.dynamic_output_shape in tags
+        self.takes_host_indices = func._overloadpacket in (
+            aten.index,
+            aten.index_put,
+            aten.index_put_,
+            aten._index_put_impl_,
+        )
+        self.known[func] = self
+
+
+def execute(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:
+    """Run one operator whose tensors are on one virtual GPU."""
+    operator = Operator.known.get(func) or Operator(func)
+    tensors: list[VirtualTensor] = []
+    host_tensors: list[torch.Tensor] = []
+    inner_args = [_unwrap(value, tensors, host_tensors) for value in args]
+    inner_kwargs = {name: _unwrap(value, tensors, host_tensors) for name, value in kwargs.items()}
+    index = _common_device(operator, tensors, host_tensors)
+    if "device" in kwargs:
+        index = _target_of(kwargs["device"], index)
+        inner_kwargs["device"] = "cpu"
+        if index is None:
+            return func(*inner_args, **inner_kwargs)
+    if operator.is_random:
+        with device_generator(index):
+            out = func(*inner_args, **inner_kwargs)
+    else:
+        out = func(*inner_args, **inner_kwargs)
+    return finish(operator, inner_args, inner_kwargs, index, tensors, out)
+
+
+def finish(
+    operator: Operator,
+    inner_args: list,
+    inner_kwargs: dict,
+    index: int,
+    inputs: list[VirtualTensor],
+    out: Any,
+) -> Any:
+    """Wrap what an operator returned, and charge memory and clock for it."""
+    new_tensors: list[torch.Tensor] = []
+    wrapped = _wrap_output(out, index, list(inputs), new_tensors)
+    if new_tensors:
+        written = new_tensors
+    elif operator.is_mutable and inputs:
+        written = [inputs[0].inner]
+    elif isinstance(out, (torch.Tensor, list, tuple)):
+        return wrapped  # a view: nothing runs on the device
+    else:
+        written = []
+    nbytes = 0
+    for tensor in inputs:
+        nbytes += tensor.inner.nbytes
+    for tensor in written:
+        nbytes += tensor.nbytes
+    flops = operator.flops(inner_args, inner_kwargs, out) if operator.flops else 0.0
+    peak = machine.spec.peak_flops(inputs[0].dtype if inputs else torch.float32)
+    machine.clock.compute(operator.name, index, flops, nbytes, peak)
+    if not written or operator.has_dynamic_shape:
+        machine.clock.wait(index)  # the host cannot go on without the number, or the shape
+    return wrapped
+
+
+@contextmanager
+def device_generator(index: int) -> Iterator[None]:
+    """Let the device's random number generator stand in for the CPU's."""
+    own, cpu = machine.generators[index], torch.default_generator
+    saved = cpu.get_state()
+    cpu.set_state(own.get_state())
+    try:
+        yield
+    finally:
+        own.set_state(cpu.get_state())
+        cpu.set_state(saved)
+
+
+def _unwrap(value: Any, tensors: list[VirtualTensor], host_tensors: list[torch.Tensor]) -> Any:
+    """``value`` with the inner tensor in place of each virtual one; the lists collect both."""
+    kind = type(value)
+    if kind is VirtualTensor:
+        tensors.append(value)
+        return value.inner
+    if kind in _PLAIN:
+        return value
+    if kind is list or kind is tuple:
+        return kind([_unwrap(item, tensors, host_tensors) for item in value])
+    if isinstance(value, torch.Tensor):
+        host_tensors.append(value)
+    elif kind is torch.Generator:
+        raise RuntimeError(
+            f"Expected a '{DEVICE_TYPE}' device type for generator but found '{value.device.type}'."
+            " Leave generator= out: each virtual GPU has its own, seeded by torch.manual_seed."
+        )
+    return value
+
+
+_PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.memory_format}
+
+
+def _common_device(
+    operator: Operator, tensors: list[VirtualTensor], host_tensors: list[torch.Tensor]
+) -> int:
+    """The one device that all tensors are on; CPU scalars and CPU indices may join, as on CUDA.
+
+    Raises:
+        RuntimeError: they are on different devices, in the words of CUDA.
+    """
+    index = tensors[0].index
+    for tensor in tensors:
+        if tensor.index != index:
+            raise _mixed_devices(device_of(index), tensor.device)
+    for tensor in host_tensors:
+        if tensor.dim() > 0 and not operator.takes_host_indices:
+            raise _mixed_devices(device_of(index), tensor.device)
+    return index
+
+
+def _mixed_devices(one: torch.device, other: torch.device) -> RuntimeError:
+    return RuntimeError(
+        "Expected all tensors to be on the same device, but found at least two devices, "
+        f"{one} and {other}!"
+    )
+
+
+def _target_of(device: torch.device | None, index: int) -> int | None:
+    """Index of the virtual GPU that ``device=`` asks for, ``None`` for the host."""
+    if device is None:
+        return index
+    return index_of(device) if device.type == DEVICE_TYPE else None
+
+
+def index_of(device: torch.device) -> int:
+    """``torch.device("vgpu:2")`` as ``2``, after checking that there is such a device."""
+    index = device.index or 0
+    machine.check_index(index)
+    return index
+
+
+def _wrap_output(
+    value: Any, index: int, owners: list[VirtualTensor], new_tensors: list[torch.Tensor]
+) -> Any:
+    """Wrap every tensor in ``value``.
+
+    Args:
+        owners: tensors whose memory ``value`` may share; grows by what is wrapped here.
+        new_tensors: collects the inner tensors that took memory of their own.
+    """
+    if isinstance(value, torch.Tensor):
+        for owner in owners:
+            if value is owner.inner:
+                return owner
+            if _is_alias_of(value, owner.inner):
+                return wrap(value, index, owner.allocation)
+        outer = wrap(value, index)
+        owners.append(outer)
+        new_tensors.append(value)
+        return outer
+    if isinstance(value, (list, tuple)):
+        return type(value)([_wrap_output(item, index, owners, new_tensors) for item in value])
+    return value
+
+
+# The operators that do more than compute on one device.
+
+
+def _to_copy(func, args: tuple, kwargs: dict) -> torch.Tensor:
+    """``x.to(...)``: on the same device a kernel, between devices a copy over the link."""
+    (source,) = args
+    device = kwargs.get("device")
+    if device is None or device == source.device:
+        return execute(func, args, {**kwargs, "device": source.device})
+    inner_kwargs = {**kwargs, "device": "cpu"}
+    destination = _target_of(device, source.index)
+    inner = func(source.inner, **inner_kwargs)
+    if destination is None:
+        _charge_copy(source, None, source.inner.nbytes)
+        return inner
+    outer = wrap(inner, destination)
+    _charge_copy(source, outer, source.inner.nbytes)
+    return outer
+
+
+def copy_(func, args: tuple, kwargs: dict) -> torch.Tensor:
+    """``a.copy_(b)``: the one operator that may have its tensors on two devices."""
+    destination, source = args[0], args[1]
+    on_one_device = (
+        isinstance(destination, VirtualTensor)
+        and isinstance(source, VirtualTensor)
+        and destination.index == source.index
+    )
+    if on_one_device:
+        return execute(func, args, kwargs)
+    func(_inner(destination), _inner(source), *args[2:], **kwargs)
+    _charge_copy(source, destination, source.nbytes)
+    return destination
+
+
+def _inner(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.inner if isinstance(tensor, VirtualTensor) else tensor
+
+
+def _charge_copy(source: torch.Tensor, destination: torch.Tensor | None, nbytes: int) -> None:
+    """Charge the clock for moving ``nbytes``; a tensor that is not virtual is on the host."""
+    ends = [end.index if isinstance(end, VirtualTensor) else None for end in (source, destination)]
+    machine.clock.copy(ends[0], ends[1], nbytes)
+
+
+def _item(func, args: tuple, kwargs: dict) -> Any:
+    """``x.item()``: the host waits for the device, then reads one number."""
+    machine.clock.wait(args[0].index)
+    return func(args[0].inner)
+
+
+def _change_shape_in_place(func, args: tuple, kwargs: dict) -> VirtualTensor:
+    """``x.t_()`` and the like: the shape changes inside, and outside where PyTorch looks."""
+    self = args[0]
+    func(self.inner, *args[1:], **kwargs)
+    inner = self.inner
+    with torch.utils._mode_utils.no_dispatch():
+        torch.as_strided_(self, inner.size(), inner.stride(), inner.storage_offset())
+    return self
+
+
+def _dropout(func, args: tuple, kwargs: dict) -> tuple[VirtualTensor, VirtualTensor]:
+    """``native_dropout``, what a GPU runs, keeps a mask of booleans; the numbers are the CPU's."""
+    x, probability, training = args
+    if not training or probability == 0:
+        return execute(func, args, kwargs)
+    with device_generator(x.index):
+        keep = torch.empty_like(x.inner).bernoulli_(1 - probability)
+    out = (x.inner * (keep / (1 - probability)), keep.bool())
+    return finish(Operator(func), [], {}, x.index, [x], out)
+
+
+def _dropout_backward(func, args: tuple, kwargs: dict) -> VirtualTensor:
+    """The gradient of dropout, rounded as the CPU's autograd rounds it."""
+    grad, mask, scale = args
+    out = grad.inner * (mask.inner.to(grad.dtype) / (1 / scale))
+    return finish(Operator(func), [], {}, grad.index, [grad, mask], out)
+
+
+_HANDLERS = {
+    aten._to_copy.default: _to_copy,
+    aten.copy_.default: copy_,
+    aten._local_scalar_dense.default: _item,
+    aten.native_dropout.default: _dropout,
+    aten.native_dropout_backward.default: _dropout_backward,
+}
+_HANDLERS.update(
+    {
+        overload: _change_shape_in_place
+        for packet in ("t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "as_strided_")
+        for overload in (
+            getattr(getattr(aten, packet), name) for name in getattr(aten, packet).overloads()
+        )
+    }
+)
