@@ -19,7 +19,7 @@ LOWER_PRECISION = (
     "addbmm addmm addmv addr baddbmm bmm chain_matmul conv1d conv2d conv3d conv_tbc "
     "conv_transpose1d conv_transpose2d.input conv_transpose3d.input convolution linear matmul mm "
     "mv prelu scaled_dot_product_attention"
-).split()  # noqa: SIM905
+).split()
 FLOAT32 = (
     "acos asin binary_cross_entropy_with_logits cosh cosine_embedding_loss cosine_similarity "
     "cross_entropy_loss cumprod cumsum dist erfinv exp expm1 group_norm hinge_embedding_loss "
@@ -28,7 +28,7 @@ FLOAT32 = (
     "poisson_nll_loss pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar prod prod.dim_int reciprocal "
     "renorm rsqrt sinh smooth_l1_loss soft_margin_loss softmax.int softplus sum sum.dim_IntList "
     "tan triplet_margin_loss"
-).split()  # noqa: SIM905
+).split()
 
 
 def register() -> list[torch.library.Library]:

@@ -7,6 +7,7 @@ done once in a process, and is done when the first virtual GPUs are asked for.
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache, partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from course_lib.virtual import autocast
 from course_lib.virtual.machine import DEVICE_TYPE, machine
 from course_lib.virtual.tensor import (
     Operator,
+    backward_failure,
     copy_,
     device_generator,
     finish,
@@ -96,7 +98,16 @@ class _Hooks(torch._C._acc.PrivateUse1Hooks):
 
 class _Guard(torch._C._acc.DeviceGuard):
     def type_(self):
-        return torch._C._autograd.DeviceType.PrivateUse1
+        # When an operator fails during backward, the engine asks this on its way out, while
+        # Python's error is still set. No Python function can return then, and PyTorch would end
+        # the process. So the error is cleared here; _prepare_backward raises it again.
+        _clear_error()
+        return _PRIVATE_USE_1
+
+
+_clear_error = ctypes.pythonapi.PyErr_Clear
+_clear_error.argtypes, _clear_error.restype = [], None
+_PRIVATE_USE_1 = torch._C._autograd.DeviceType.PrivateUse1
 
 
 @cache
@@ -132,7 +143,15 @@ def _prepare_backward() -> None:
 
     def run_on_this_thread(*args: Any, **kwargs: Any) -> Any:
         torch._C._set_multithreading_enabled(False)
-        return run_backward(*args, **kwargs)
+        outer, backward_failure.is_running = backward_failure.is_running, True
+        try:
+            return run_backward(*args, **kwargs)
+        except SystemError:  # the engine failed, and its error was cleared by _Guard
+            error = backward_failure.error or KeyboardInterrupt()
+        finally:
+            backward_failure.is_running = outer
+            backward_failure.error = None
+        raise error
 
     torch.autograd._engine_run_backward = run_on_this_thread
 
@@ -158,15 +177,16 @@ def _register_factories(library: torch.library.Library) -> None:
 
 def _create(func: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     """Run a factory on the CPU and put what it made on the device."""
-    index = index_of(kwargs["device"])
-    with device_generator(index):
-        try:
+    try:
+        index = index_of(kwargs["device"])
+        with device_generator(index):
             out = func(*args, **{**kwargs, "device": "cpu"})
-        except RuntimeError as error:
-            if "can't allocate memory" in str(error):
-                raise torch.OutOfMemoryError(str(error)) from None
-            raise
-    return finish(Operator(func), [], {}, index, [], out)
+        return finish(Operator(func), [], {}, index, [], out)
+    except BaseException as error:
+        if "can't allocate memory" in str(error):
+            error = torch.OutOfMemoryError(str(error))
+        backward_failure.remember(error)
+        raise error from None
 
 
 def _copy_from(source: torch.Tensor, destination: torch.Tensor, non_blocking: bool = False):

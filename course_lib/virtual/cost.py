@@ -61,3 +61,44 @@ _FORMULAS = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
 }
+
+
+def bytes_read(func: torch._ops.OpOverload, inputs: list[torch.Tensor], written: int) -> int:
+    """Bytes that one call reads from the device's memory.
+
+    Args:
+        inputs: the tensors among its arguments.
+        written: bytes that it writes.
+    """
+    packet = func._overloadpacket
+    if packet in _READS_NOTHING:
+        return 0
+    if packet in _GATHERS:  # the rows that are picked, and the indices that pick them
+        return written + sum(tensor.nbytes for tensor in inputs[1:])
+    return sum([tensor.nbytes for tensor in inputs])
+
+
+def runs_nothing(func: torch._ops.OpOverload) -> bool:
+    """Whether ``func`` only reserves memory."""
+    return func._overloadpacket in _RESERVES
+
+
+_RESERVES = {
+    aten.empty,
+    aten.empty_like,
+    aten.empty_permuted,
+    aten.empty_strided,
+    aten.new_empty,
+    aten.new_empty_strided,
+}
+_READS_NOTHING = _RESERVES | {
+    aten.fill_,
+    aten.full_like,
+    aten.new_full,
+    aten.new_ones,
+    aten.new_zeros,
+    aten.ones_like,
+    aten.zero_,
+    aten.zeros_like,
+}
+_GATHERS = {aten.embedding, aten.gather, aten.index, aten.index_select}

@@ -10,13 +10,14 @@ numbers inside, account for memory and time, wrap what came out.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 
-from course_lib.virtual.cost import flops_formula
+from course_lib.virtual.cost import bytes_read, flops_formula, runs_nothing
 from course_lib.virtual.machine import DEVICE_TYPE, machine
 from course_lib.virtual.memory import Allocation
 
@@ -46,7 +47,11 @@ class VirtualTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         handler = _HANDLERS.get(func, execute)
-        return handler(func, args, kwargs or {})
+        try:
+            return handler(func, args, kwargs or {})
+        except BaseException as error:
+            backward_failure.remember(error)
+            raise
 
     def __repr__(self, *, tensor_contents: str | None = None) -> str:
         machine.clock.wait(self.index)
@@ -88,6 +93,23 @@ class VirtualTensor(torch.Tensor):
     data = property(torch._C.TensorBase.data.__get__, _set_data)
 
 
+class _BackwardFailure(threading.local):
+    """The exception that ended the backward pass now running on this thread.
+
+    The autograd engine cannot carry it: see ``backend._Guard``.
+    """
+
+    is_running = False
+    error: BaseException | None = None
+
+    def remember(self, error: BaseException) -> None:
+        if self.is_running:
+            self.error = error
+
+
+backward_failure = _BackwardFailure()
+
+
 def device_of(index: int) -> torch.device:
     """``torch.device("vgpu", index)``, made once."""
     if index not in _DEVICES:
@@ -127,7 +149,9 @@ class Operator:
 
     def __init__(self, func: torch._ops.OpOverload) -> None:
         tags = func.tags
+        self.func = func
         self.name: str = func._opname
+        self.runs_nothing = runs_nothing(func)
         self.flops = flops_formula(func)
         self.is_mutable: bool = func._schema.is_mutable
         self.is_random = torch.Tag.nondeterministic_seeded in tags
@@ -173,6 +197,8 @@ def finish(
     """Wrap what an operator returned, and charge memory and clock for it."""
     new_tensors: list[torch.Tensor] = []
     wrapped = _wrap_output(out, index, list(inputs), new_tensors)
+    if operator.runs_nothing:
+        return wrapped
     if new_tensors:
         written = new_tensors
     elif operator.is_mutable and inputs:
@@ -181,11 +207,8 @@ def finish(
         return wrapped  # a view: nothing runs on the device
     else:
         written = []
-    nbytes = 0
-    for tensor in inputs:
-        nbytes += tensor.inner.nbytes
-    for tensor in written:
-        nbytes += tensor.nbytes
+    nbytes = sum([tensor.nbytes for tensor in written])
+    nbytes += bytes_read(operator.func, [tensor.inner for tensor in inputs], nbytes)
     flops = operator.flops(inner_args, inner_kwargs, out) if operator.flops else 0.0
     peak = machine.spec.peak_flops(inputs[0].dtype if inputs else torch.float32)
     machine.clock.compute(operator.name, index, flops, nbytes, peak)

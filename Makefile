@@ -1,0 +1,102 @@
+# Needs only Python 3.11 or newer, git and make. Everything is installed into .venv.
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+FIRST := notebooks/00_meet_your_gpus.ipynb
+
+ifeq ($(OS),Windows_NT)
+SCRIPTS := Scripts
+PYTHON ?= python
+else
+SCRIPTS := bin
+PYTHON ?= python3
+endif
+
+PY := $(VENV)/$(SCRIPTS)/python
+PIP := $(PY) -m pip
+PYTEST := $(PY) -m pytest
+
+# A timeout always: without one, nbval waits for ever for a kernel that died.
+# loadfile: the cells of one notebook share a kernel, so they stay on one worker.
+UNIT := -n 2
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 -n 2 --dist loadfile notebooks/
+
+# Jupyter looks here first for the kernel "python3", so it is this environment's own.
+export JUPYTER_PATH := $(CURDIR)/$(VENV)/share/jupyter
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# The committed outputs are those of virtual GPUs, on a machine with real ones too. The models are
+# small, and tests run side by side: more threads would only get in each other's way.
+test unit nb notebooks: export COURSE_DEVICES := virtual
+test unit nb notebooks: export OMP_NUM_THREADS := 1
+
+# In a container one is often root, and Jupyter wants to be told that this is meant.
+ifeq ($(shell id -u),0)
+ROOT := --allow-root
+endif
+
+.PHONY: help lab test unit nb notebooks images bench lint constraints clean
+
+help: ## Show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+# More flags for JupyterLab: make lab LAB=--no-browser
+lab: $(STAMP) ## Install everything, then open the first lesson in JupyterLab
+	$(PY) -m jupyterlab --ServerApp.ip=127.0.0.1 --LabApp.default_url=/lab/tree/$(FIRST) $(ROOT) $(LAB)
+
+test: $(STAMP) ## Check all: lint, unit tests, then every notebook against its outputs
+	@rm -f build/unit.xml build/nb.xml
+	@status=0; lint=; \
+	$(PY) -m ruff check . || { status=1; lint="Style mistakes too: make lint shows them."; }; \
+	$(PYTEST) $(UNIT) --junitxml=build/unit.xml || status=1; \
+	$(PYTEST) $(NBVAL) --junitxml=build/nb.xml || status=1; \
+	test -z "$$lint" || echo "$$lint"; \
+	$(PY) tests/summary.py build/unit.xml build/nb.xml || status=1; \
+	exit $$status
+
+unit: $(STAMP) ## Run the unit tests only
+	$(PYTEST) $(UNIT)
+
+nb: $(STAMP) ## Check every notebook against its committed outputs only
+	$(PYTEST) $(NBVAL)
+
+notebooks: $(STAMP) ## Run the notebooks anew and keep their outputs (one: NB=notebooks/02_x.ipynb)
+	$(PY) tests/notebook_tools.py execute $(NB)
+
+images: $(STAMP) ## Draw every picture anew
+	@for script in images/*.py; do echo "$$script"; $(PY) "$$script" || exit 1; done
+
+bench: $(STAMP) ## Run the benchmarks
+	$(PYTEST) -s tests/benchmarks
+
+lint: $(STAMP) ## Look for style mistakes
+	$(PY) -m ruff check .
+
+# torch keeps its pin: moving it is a decision, so edit that line by hand first. Its local version
+# and the GPU libraries it brings are left out: they follow from the machine that installs.
+constraints: ## Pin the newest version of everything else than torch in constraints.txt
+	@echo "Resolving all dependencies in a fresh environment (minutes) ..."
+	@set -e; fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; pip="$$fresh/$(SCRIPTS)/python -m pip"; \
+	$(PYTHON) -m venv "$$fresh"; \
+	grep '^torch==' constraints.txt > "$$fresh/torch"; \
+	$$pip install -q -c "$$fresh/torch" torch; \
+	$$pip install -q -c "$$fresh/torch" -e ".[test]"; \
+	$$pip freeze --all --exclude pip --exclude-editable > "$$fresh/all"; \
+	{ echo "# What the committed outputs were made with. Refresh: make constraints"; \
+	  sed -E -e 's/\+.*//' -e '/^(nvidia|cuda|triton)/d' "$$fresh/all"; } > constraints.txt
+
+clean: ## Remove caches and build leftovers (.venv stays)
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis notebooks/.ipynb_checkpoints
+	find course_lib images tests -name __pycache__ -prune -exec rm -rf {} +
+
+# torch first, at its pin: then nothing installed later can bring another build of it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PIP) --version >/dev/null 2>&1 || { \
+	  $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
+	    echo "Python 3.11 or newer is needed. If you have one: make PYTHON=python3.11 ..." >&2; exit 1; }; \
+	  echo "Making a virtual environment in $(VENV) ..."; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing PyTorch (minutes, the first time) ..."
+	@$(PIP) install -q -c constraints.txt torch
+	@echo "Installing everything else ..."
+	@$(PIP) install -q -c constraints.txt -e ".[test]"
+	@touch $(STAMP)

@@ -1,0 +1,100 @@
+"""Checks of lesson 00: sums across devices, queues that overlap, memory to the last byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from course_lib import format_bytes, hardware, timeline
+from course_lib.exercises.verdict import Verdict, Wrong, check, require_number, right
+
+
+@check
+def check_sum(sum_on_first: Callable[[list[Tensor]], Tensor]) -> Verdict:
+    """Graded on the sum, its device, untouched inputs, and the bytes that crossed each link."""
+    with hardware.other_devices(4) as gpus:
+        torch.manual_seed(0)
+        originals = [torch.randn(100, 100) for _ in gpus]
+        tensors = [tensor.to(gpu) for tensor, gpu in zip(originals, gpus, strict=True)]
+        with timeline.trace() as t:
+            total = sum_on_first(tensors)
+        if not isinstance(total, Tensor):
+            raise Wrong(f"your function should return a tensor, and returned {total!r:.60}.")
+        if total.device != gpus[0]:
+            raise Wrong(f"the sum should be on {gpus[0]}, and is on {total.device}.")
+        changed = [not torch.equal(a.cpu(), b) for a, b in zip(tensors, originals, strict=True)]
+        if any(changed):
+            raise Wrong(
+                f"tensors[{changed.index(True)}] is not what it was: += changes a tensor in "
+                "place. Start from a clone."
+            )
+        if not torch.allclose(total.cpu(), sum(originals), atol=1e-5):
+            raise Wrong("the result is on the right device, but it is not the sum of the four.")
+        moved, target = sum(t.bytes_moved.values()), 3 * originals[0].nbytes
+        facts = [("bytes moved", format_bytes(moved), format_bytes(target))]
+        if any("host" in route for route in t.bytes_moved):
+            raise Wrong("tensors went over the host: move them from GPU to GPU with .to.", facts)
+        if moved > target:
+            raise Wrong("more crossed the links than each of the three others once.", facts)
+        return right("the sum is there, and each tensor crossed one link once.", facts)
+
+
+@check
+def check_together(sums_of_powers: Callable[[list[Tensor], int], list[float]]) -> Verdict:
+    """Graded on the sums, and on the time: four GPUs may take hardly longer than one."""
+    times = 4
+    with hardware.other_devices(4) as gpus:
+        torch.manual_seed(0)
+        originals = [torch.randn(256, 256) / 16 for _ in gpus]
+        matrices = [matrix.to(gpu) for matrix, gpu in zip(originals, gpus, strict=True)]
+        with timeline.trace() as alone:
+            _square(matrices[0], times).sum().item()
+        with timeline.trace() as t:
+            answers = sums_of_powers(matrices, times)
+        if not isinstance(answers, list | tuple) or len(answers) != len(gpus):
+            raise Wrong(f"your function should return a list of four floats, not {answers!r:.60}.")
+        for answer in answers:
+            if isinstance(answer, Tensor):
+                raise Wrong("these are tensors; a float is what .item() returns.")
+            require_number(answer)
+        expected = [_square(matrix, times).sum().item() for matrix in originals]
+        if not torch.allclose(torch.tensor(answers), torch.tensor(expected), rtol=1e-3, atol=1e-3):
+            raise Wrong("the numbers are off: square each matrix `times` times, then add it up.")
+        ratio = t.seconds / alone.seconds
+        facts = [("time, beside one GPU's", f"{ratio:.2f} times", "at most 1.25 times")]
+        if ratio > 1.25:
+            raise Wrong(
+                "the sums are right, but the GPUs took turns. Which line of your loop waits?", facts
+            )
+        return right("four GPUs, all at work at the same time.", facts)
+
+
+def _square(matrix: Tensor, times: int) -> Tensor:
+    for _ in range(times):
+        matrix = matrix @ matrix
+    return matrix
+
+
+@check
+def check_fits(largest_side: Callable[[int], int]) -> Verdict:
+    """Graded by making the matrix: it must fit, and one row and column more must not."""
+    for free in (80_000_000, 1_000_000, 12_345_678):
+        side = require_number(largest_side(free))
+        if side != int(side):
+            raise Wrong(f"{side} is no whole number: a matrix has none but whole rows.")
+        side = int(side)
+        if side * side * 4 > free:
+            raise Wrong(
+                f"with {free:,} bytes free you say {side}, and {side} x {side} numbers of 4 bytes "
+                f"are {side * side * 4:,} bytes: it does not fit."
+            )
+        if (side + 1) ** 2 * 4 <= free:
+            raise Wrong(
+                f"with {free:,} bytes free you say {side}, and there is room for a larger one. "
+                "A float32 number has 4 bytes."
+            )
+        if not isinstance(largest_side(free), int):
+            raise Wrong(f"return a whole number: {side}, not {float(side)}.")
+    return right("it fits, and nothing larger would.", [("for 80 MB", "4472", "4472")])

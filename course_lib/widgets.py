@@ -1,0 +1,160 @@
+"""The interactive explorers: sliders above a picture, drawn anew when a slider moves.
+
+Where no live widget can be shown (on GitHub, on a printed page), an explorer shows the picture of
+its first setting.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from typing import Any
+
+import ipywidgets
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from torch.nn import functional as F
+
+from course_lib import hardware, style, timeline
+from course_lib.models import MLP
+
+
+class Explorer(ipywidgets.VBox):
+    """Controls above a figure.
+
+    Args:
+        draw: makes the figure; is called with one keyword argument for each control.
+        controls: ipywidgets with a ``value``, by the name that ``draw`` knows them under.
+    """
+
+    def __init__(self, draw: Callable[..., Figure], **controls: ipywidgets.ValueWidget) -> None:
+        self._draw = draw
+        self._controls = controls
+        self._picture = ipywidgets.Image(format="png")
+        self._picture.layout.max_width = "100%"
+        for control in controls.values():
+            control.style.description_width = "190px"
+            control.layout.width = "480px"
+            control.observe(self._refresh, names="value")
+        super().__init__([*controls.values(), self._picture])
+        self._refresh()
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What the controls are set to."""
+        return {name: control.value for name, control in self._controls.items()}
+
+    def _refresh(self, change: object = None) -> None:
+        figure = self._draw(**self.values)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=100)
+        plt.close(figure)
+        self._picture.value = buffer.getvalue()
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value}" for name, value in self.values.items())
+        return f"<explorer: {settings}>"
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        bundle = super()._repr_mimebundle_(**kwargs)
+        bundle["text/plain"] = repr(self)
+        bundle["image/png"] = base64.b64encode(self._picture.value).decode()
+        return bundle
+
+
+def choice(label: str, options: list, value: Any) -> ipywidgets.SelectionSlider:
+    """A slider over ``options``, which updates when it is let go."""
+    return ipywidgets.SelectionSlider(
+        description=label, options=options, value=value, continuous_update=False
+    )
+
+
+def explore_queues() -> Explorer:
+    """Lesson 00: two GPUs multiply matrices, with or without a read in the loop."""
+
+    def draw(side: int, products: int, read: bool) -> Figure:
+        with hardware.other_devices(2) as gpus:
+            matrices = [torch.ones(side, side, device=gpu) for gpu in gpus]
+            with timeline.trace() as t:
+                for matrix in matrices:
+                    for _ in range(products):
+                        matrix = matrix @ matrix / side
+                    if read:
+                        matrix.sum().item()
+        figure, ax = style.figure(height=2.6)
+        t.plot(ax, title=f"{t.seconds * 1e3:.2f} ms, vgpu:0 idle {t.idle_fraction(0):.0%}")
+        return figure
+
+    return Explorer(
+        draw,
+        side=choice("side of the matrices", [16, 32, 64, 128, 256, 512], 256),
+        products=choice("products on each GPU", [1, 2, 4, 8], 4),
+        read=ipywidgets.Checkbox(description="read a value in the loop", value=True),
+    )
+
+
+def explore_step() -> Explorer:
+    """Lesson 01: the memory and the time of one training step of the MLP."""
+    optimizers = {
+        "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        "SGD with momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+        "AdamW": lambda parameters: torch.optim.AdamW(parameters),
+    }
+
+    def draw(batch: int, width: int, optimizer: str) -> Figure:
+        with hardware.other_devices(1) as (gpu,):
+            holders, seconds = _measure_step(gpu, batch, width, optimizers[optimizer])
+            capacity = hardware.memory_capacity(gpu)
+        figure, (memory_ax, time_ax) = style.figure(columns=2, height=2.6)
+        memory_ax.barh(
+            list(holders), [nbytes / 1e6 for nbytes in holders.values()], color=style.CYCLE
+        )
+        used = sum(holders.values())
+        memory_ax.set(xlabel="MB", title=f"{used / 1e6:.1f} of {capacity / 1e6:.0f} MB held")
+        memory_ax.invert_yaxis()
+        time_ax.barh(list(seconds), [s * 1e3 for s in seconds.values()], color=style.CYCLE)
+        total = sum(seconds.values())
+        time_ax.set(
+            xlabel="milliseconds", title=f"{batch / total:,.0f} examples a second (simulated)"
+        )
+        time_ax.invert_yaxis()
+        return figure
+
+    return Explorer(
+        draw,
+        batch=choice("batch size", [1, 4, 16, 64, 256, 1024], 64),
+        width=choice("width", [64, 128, 256, 512, 1024], 512),
+        optimizer=choice("optimizer", list(optimizers), "AdamW"),
+    )
+
+
+def _measure_step(
+    gpu: torch.device, batch: int, width: int, make_optimizer: Callable
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Bytes of the four holders, and device seconds of the three phases."""
+    model = MLP(64, width, width, 10).to(gpu)
+    optimizer = make_optimizer(model.parameters())
+    x = torch.randn(batch, 64, device=gpu)
+    y = torch.zeros(batch, dtype=torch.int64, device=gpu)
+    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    with timeline.trace() as t:
+        start = hardware.memory_in_use(gpu)
+        with timeline.region("forward"):
+            loss = F.cross_entropy(model(x), y)
+        activations = hardware.memory_in_use(gpu) - start
+        with timeline.region("backward"):
+            loss.backward()
+        before_step = hardware.memory_in_use(gpu)
+        with timeline.region("step"):
+            optimizer.step()
+        state = hardware.memory_in_use(gpu) - before_step
+    holders = {
+        "parameters": parameters,
+        "gradients": parameters,
+        "optimizer state": state,
+        "activations": activations,
+    }
+    phases = ("forward", "backward", "step")
+    return holders, {phase: sum(t.seconds_by_kind(phase).values()) for phase in phases}

@@ -1,0 +1,190 @@
+"""The notebook tools mend what they may, report the rest, and read exercises strictly."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from notebook_tools import (
+    WIDGET_VIEW,
+    dumps,
+    execute,
+    exercises,
+    file_problems,
+    main,
+    normalise,
+    problems,
+    said,
+    with_solutions,
+)
+
+
+def code(source: str = "x = 1", cell_id: str = "set-x", tags=(), outputs=(), **fields):
+    cell = new_code_cell(source, id=cell_id, execution_count=1, outputs=list(outputs), **fields)
+    if tags:
+        cell.metadata["tags"] = list(tags)
+    return cell
+
+
+def stream(text: str, name: str = "stdout"):
+    return new_output("stream", name=name, text=text)
+
+
+def notebook(*cells):
+    return new_notebook(cells=list(cells))
+
+
+def canonical(*cells):
+    return normalise(notebook(*cells))
+
+
+def test_a_normal_notebook_has_no_problems_and_stays_as_it_is():
+    nb = canonical(new_markdown_cell("# Meet", id="title"), code(outputs=[stream("1\n")]))
+    assert problems(nb) == []
+    assert normalise(nb) == nb
+
+
+def test_normalise_keeps_a_widgets_picture_and_drops_its_view():
+    data = {WIDGET_VIEW: {"model_id": "a"}, "text/plain": "Explorer()", "image/png": "aGk="}
+    nb = notebook(code(outputs=[new_output("display_data", data=data)]))
+    nb.metadata["widgets"] = {"state": {}}
+    nb.cells[0].metadata["execution"] = {"iopub.status.busy": "12:00"}
+    assert len(problems(nb)) == 3
+    nb = normalise(nb)
+    assert set(nb.cells[0].outputs[0].data) == {"text/plain", "image/png"}
+    assert problems(nb) == []
+
+
+def test_normalise_merges_streams_that_follow_each_other():
+    outputs = [stream("a"), stream("b"), stream("c", "stderr"), stream("d")]
+    nb = canonical(code(outputs=outputs, tags=["nbval-ignore-output"]))
+    assert [output.text for output in nb.cells[0].outputs] == ["ab", "c", "d"]
+    assert problems(nb) == []
+
+
+def test_normalise_names_cells_and_drops_empty_ones():
+    nb = canonical(
+        new_markdown_cell("# Meet your GPUs\n\nHello.", id="0fce1a2b"),
+        new_markdown_cell("Meet your GPUs!", id="b9e0c0de-1111-2222-3333-444455556666"),
+        code("import torch", cell_id="chosen"),
+        new_markdown_cell("## →", id="Not_Allowed"),
+        code("  \n"),
+    )
+    names = ["meet-your-gpus", "meet-your-gpus-2", "chosen", "markdown-cell"]
+    assert [cell.id for cell in nb.cells] == names
+
+
+def test_normalise_takes_paths_out_of_tracebacks():
+    traceback = [
+        "File \x1b[32m~/a/course_lib/virtual/tensor.py:9\x1b[39m, in f()",
+        "File /a/.venv/lib/python3.11/site-packages/torch/nn/linear.py:1",
+        "Cell In[1], line 1",
+    ]
+    error = new_output("error", ename="E", evalue="no", traceback=traceback)
+    nb = canonical(code(outputs=[error], tags=["raises-exception"]))
+    assert nb.cells[0].outputs[0].traceback == [
+        "File \x1b[32mcourse_lib/virtual/tensor.py:9\x1b[39m, in f()",
+        "File torch/nn/linear.py:1",
+        "Cell In[1], line 1",
+    ]
+    assert problems(nb) == []
+
+
+@pytest.mark.parametrize(
+    ("cell", "problem"),
+    [
+        (code(outputs=[stream("<f at 0x7f3a>")]), "memory address"),
+        (code(outputs=[stream("in /home/ada/x.py")]), "path of this machine"),
+        (code(outputs=[stream("in C:\\Users\\ada\\x.py")]), "path of this machine"),
+        (code(outputs=[stream("careful", "stderr")]), "stderr"),
+        (code(outputs=[new_output("error", ename="ValueError")]), "ValueError without the tag"),
+        (code("\n".join(["x = 1"] * 46)), "46 lines"),
+    ],
+)
+def test_problems_that_only_an_author_can_mend(cell, problem: str):
+    (found,) = problems(canonical(cell))
+    assert problem in found
+
+
+def test_prose_with_slashes_is_no_path():
+    text = "0.5 GB/s, and/or https://host/home/x, images/usr/a.png, 1 /2"
+    assert problems(canonical(code(outputs=[stream(text)]))) == []
+
+
+def test_execution_counts_run_from_one():
+    second = code("y = 1", cell_id="set-y")
+    (found,) = problems(canonical(code(), second))
+    assert "execution count is 1 instead of 2" in found
+
+
+def test_the_file_itself_is_canonical(tmp_path: Path):
+    path = tmp_path / "x.ipynb"
+    path.write_text(dumps(canonical(code())), newline="\n")
+    assert file_problems(path) == []
+    path.write_text(path.read_text().rstrip("\n"), newline="\n")
+    assert len(file_problems(path)) == 1
+
+
+SOLUTION = "def double(x):\n    return 2 * x"
+
+
+def lesson(stub: str | None = None, solution: str | None = None):
+    stub = stub or 'def double(x):\n    """Twice `x`."""\n    raise NotImplementedError'
+    solution = solution or (
+        "<details><summary>Hint</summary>\n\nAdd.\n\n</details>\n\n"
+        f"<details><summary>Solution</summary>\n\n```python\n{SOLUTION}\n```\n\n</details>"
+    )
+    check = (
+        "try:\n    print('right' if double(2) == 4 else 'wrong')\n"
+        "except NotImplementedError:\n    print('not attempted')"
+    )
+    return notebook(
+        code(stub, cell_id="ex-double"),
+        code(check, cell_id="check-double"),
+        new_markdown_cell(solution, id="sol-double"),
+    )
+
+
+def test_an_exercise_is_read_and_its_solution_is_right():
+    (exercise,) = exercises(lesson())
+    assert (exercise.name, exercise.hint, exercise.solution) == ("double", "Add.", SOLUTION)
+    assert said(execute(lesson(), cwd=Path.cwd()).cells[1]) == "not attempted"
+    assert said(execute(with_solutions(lesson()), cwd=Path.cwd()).cells[1]) == "right"
+
+
+HINT = "<details><summary>Hint</summary>Add.</details>"
+OPEN = HINT.replace("details>", "details open>", 1) + HINT.replace("Hint", "Solution")
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lesson(stub="def double(x):\n    raise NotImplementedError"), "docstring"),
+        (lesson(stub='def double(x):\n    """Twice."""\n    return x'), "does not raise"),
+        (lesson(stub="raise NotImplementedError"), "no function"),
+        (lesson(solution=HINT), "not Hint and Solution"),
+        (lesson(solution=HINT + "<details><summary>Solution</summary>"), "not closed"),
+        (lesson(solution=HINT + "<details><summary>Solution</summary>2x</details>"), "one ```"),
+        (lesson(solution=OPEN), "open"),
+        (notebook(lesson().cells[0]), "no check-double"),
+        (notebook(*lesson().cells[:2]), "no sol-double"),
+    ],
+)
+def test_an_exercise_in_another_form_is_refused(broken, message: str):
+    with pytest.raises(ValueError, match=message):
+        exercises(broken)
+
+
+def test_execute_from_the_command_line(tmp_path: Path, capsys):
+    good, bad = tmp_path / "good.ipynb", tmp_path / "bad.ipynb"
+    nbformat.write(new_notebook(cells=[new_code_cell("print('a'); print('b')")]), good)
+    nbformat.write(new_notebook(cells=[new_code_cell("1 / 0")]), bad)
+    before = bad.read_text()
+    assert main(["execute", str(good)]) == 0
+    assert main(["check", str(good)]) == 0
+    assert main(["execute", str(bad)]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().out
+    assert bad.read_text() == before
+    (cell,) = nbformat.read(good, as_version=4).cells
+    assert (cell.id, said(cell)) == ("print-a-print-b", "a\nb")
