@@ -17,8 +17,9 @@ import torch
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
-from course_lib import hardware, style, timeline
+from course_lib import data_parallel, hardware, style, timeline
 from course_lib.models import MLP
+from course_lib.virtual.spec import CLASSROOM, Spec
 
 
 class Explorer(ipywidgets.VBox):
@@ -158,3 +159,57 @@ def _measure_step(
     }
     phases = ("forward", "backward", "step")
     return holders, {phase: sum(t.seconds_by_kind(phase).values()) for phase in phases}
+
+
+def explore_data_parallel() -> Explorer:
+    """Lesson 02: computing and exchange in one step, for one to eight GPUs."""
+    counts = [1, 2, 3, 4, 6, 8]
+
+    def draw(batch: int, width: int, link: float) -> Figure:
+        spec = CLASSROOM.with_(link_bandwidth=CLASSROOM.link_bandwidth * link)
+        computing, exchange = [], []
+        for count in counts:
+            seconds = _measure_data_parallel(count, batch, width, spec)
+            computing.append(seconds[0] * 1e3)
+            exchange.append(seconds[1] * 1e3)
+        total = [a + b for a, b in zip(computing, exchange, strict=True)]
+        best = min(range(len(counts)), key=total.__getitem__)
+        figure, ax = style.figure(height=3.0)
+        places = range(len(counts))
+        ax.bar(places, computing, color=style.BLUE, label="computing")
+        ax.bar(
+            places, exchange, bottom=computing, label="exchange",
+            color=style.ORANGE, hatch="////", edgecolor="white", linewidth=0,
+        )  # fmt: skip
+        for place, milliseconds in zip(places, total, strict=True):
+            ax.text(
+                place, milliseconds, f"{total[0] / milliseconds:.1f}x", ha="center", va="bottom"
+            )
+        ax.set_xticks(places, counts)
+        ax.set(xlabel="GPUs", ylabel="milliseconds a step", ylim=(0, 1.15 * max(total)))
+        ax.set_title(f"Fastest with {counts[best]} (simulated; speed-up above each bar)")
+        figure.legend(loc="outside lower right", ncols=2)
+        return figure
+
+    return Explorer(
+        draw,
+        batch=choice("batch size", [64, 128, 256, 512, 1024, 2048], 1024),
+        width=choice("width", [64, 128, 256, 512], 512),
+        link=choice("link speed, times NVLink", [0.1, 0.5, 1, 2, 10, 100], 1),
+    )
+
+
+def _measure_data_parallel(count: int, batch: int, width: int, spec: Spec) -> tuple[float, float]:
+    """Seconds of computing and of the exchange in one data-parallel step."""
+    with hardware.other_devices(count, spec) as gpus:
+        replicas = data_parallel.replicate(MLP(64, width, width, 10), gpus)
+        optimizers = [torch.optim.SGD(r.parameters(), lr=0.1) for r in replicas]
+        xs = data_parallel.split_batch(torch.randn(batch, 64), gpus)
+        ys = data_parallel.split_batch(torch.zeros(batch, dtype=torch.int64), gpus)
+        with timeline.trace() as computing:
+            data_parallel.backward_on_shards(replicas, xs, ys, F.cross_entropy)
+            for optimizer in optimizers:
+                optimizer.step()
+        with timeline.trace() as exchange:
+            data_parallel.all_reduce_gradients(replicas)
+    return computing.seconds, exchange.seconds
