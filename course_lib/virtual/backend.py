@@ -8,6 +8,7 @@ done once in a process, and is done when the first virtual GPUs are asked for.
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import cache, partial
 from typing import Any
 
@@ -18,7 +19,6 @@ from course_lib.virtual import autocast
 from course_lib.virtual.machine import DEVICE_TYPE, machine
 from course_lib.virtual.tensor import (
     Operator,
-    backward_failure,
     copy_,
     device_generator,
     finish,
@@ -100,14 +100,26 @@ class _Guard(torch._C._acc.DeviceGuard):
     def type_(self):
         # When an operator fails during backward, the engine asks this on its way out, while
         # Python's error is still set. No Python function can return then, and PyTorch would end
-        # the process. So the error is cleared here; _prepare_backward raises it again.
-        _clear_error()
+        # the process. So the error is taken out here; _prepare_backward raises it again.
+        try:
+            _raise_pending_error()
+        except BaseException as error:
+            _failure.error = error
         return _PRIVATE_USE_1
 
 
-_clear_error = ctypes.pythonapi.PyErr_Clear
-_clear_error.argtypes, _clear_error.restype = [], None
+# Called through ctypes, any C function raises the error that is set.
+_raise_pending_error = ctypes.pythonapi.PyErr_Occurred
 _PRIVATE_USE_1 = torch._C._autograd.DeviceType.PrivateUse1
+
+
+class _Failure(threading.local):
+    """The error that ended a backward pass on this thread."""
+
+    error: BaseException | None = None
+
+
+_failure = _Failure()
 
 
 @cache
@@ -124,7 +136,7 @@ def register() -> list[torch.library.Library]:
     torch.__future__.set_swap_module_params_on_conversion(True)
     _prepare_backward()
     library = torch.library.Library("aten", "IMPL")
-    _register_factories(library)
+    _register_operators(library)
     _register_attention(library)
     # torch.tensor(..., device="vgpu:1") copies with the Python dispatcher switched off.
     library.impl("_copy_from", _copy_from, "PrivateUse1")
@@ -143,50 +155,55 @@ def _prepare_backward() -> None:
 
     def run_on_this_thread(*args: Any, **kwargs: Any) -> Any:
         torch._C._set_multithreading_enabled(False)
-        outer, backward_failure.is_running = backward_failure.is_running, True
         try:
             return run_backward(*args, **kwargs)
-        except SystemError:  # the engine failed, and its error was cleared by _Guard
-            error = backward_failure.error or KeyboardInterrupt()
-        finally:
-            backward_failure.is_running = outer
-            backward_failure.error = None
+        except SystemError:  # the engine failed, and _Guard took its error out
+            error, _failure.error = _failure.error, None
+            if error is None:
+                raise
         raise error
 
     torch.autograd._engine_run_backward = run_on_this_thread
 
 
-def _register_factories(library: torch.library.Library) -> None:
-    """``torch.zeros(..., device="vgpu:1")``: no tensor among its arguments to dispatch on."""
-    for name in torch._C._dispatch_get_all_op_names():
-        if not name.startswith("aten::"):
+def _register_operators(library: torch.library.Library) -> None:
+    """Register the operators that PyTorch would not hand to ``__torch_dispatch__`` by itself."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    for full_name in torch._C._dispatch_get_all_op_names():
+        if not full_name.startswith("aten::"):
             continue
-        base, _, overload = name.removeprefix("aten::").partition(".")
-        schema = torch._C._get_schema(f"aten::{base}", overload)
-        types = [str(argument.type) for argument in schema.arguments]
-        takes_device = any(argument.name == "device" for argument in schema.arguments)
-        takes_tensor = any("Tensor" in kind for kind in types)
-        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
-        composite = torch._C._dispatch_has_kernel_for_dispatch_key(
-            name, "CompositeImplicitAutograd"
-        )
-        if takes_device and not takes_tensor and (has_kernel or not composite):
+        name = full_name.removeprefix("aten::")
+        base, _, overload = name.partition(".")
+        arguments = torch._C._get_schema(f"aten::{base}", overload).arguments
+        takes_device = any(argument.name == "device" for argument in arguments)
+        takes_tensor = any("Tensor" in str(argument.type) for argument in arguments)
+        on_cpu = has_kernel(full_name, "CPU")
+        composite = has_kernel(full_name, "CompositeImplicitAutograd")
+        if takes_device and not takes_tensor and (on_cpu or not composite):
+            # torch.zeros(..., device="vgpu:1"): there is no tensor to dispatch on.
             func = getattr(getattr(aten, base), overload or "default")
-            library.impl(name.removeprefix("aten::"), partial(_create, func), "PrivateUse1")
+            library.impl(name, partial(_create, func), "PrivateUse1")
+        elif on_cpu and composite:
+            # silu_backward and two more: a device without a kernel of its own gets the composite
+            # one, which rounds differently. It is enough that there is a kernel.
+            library.impl(name, _never_called, "PrivateUse1")
+
+
+def _never_called(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("__torch_dispatch__ comes before this kernel")
 
 
 def _create(func: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     """Run a factory on the CPU and put what it made on the device."""
-    try:
-        index = index_of(kwargs["device"])
-        with device_generator(index):
+    index = index_of(kwargs["device"])
+    with device_generator(index):
+        try:
             out = func(*args, **{**kwargs, "device": "cpu"})
-        return finish(Operator(func), [], {}, index, [], out)
-    except BaseException as error:
-        if "can't allocate memory" in str(error):
-            error = torch.OutOfMemoryError(str(error))
-        backward_failure.remember(error)
-        raise error from None
+        except RuntimeError as error:
+            if "can't allocate memory" in str(error):
+                raise torch.OutOfMemoryError(str(error)) from None
+            raise
+    return finish(Operator(func), [], {}, index, [], out)
 
 
 def _copy_from(source: torch.Tensor, destination: torch.Tensor, non_blocking: bool = False):
@@ -215,7 +232,8 @@ def _register_attention(library: torch.library.Library) -> None:
         choice = torch._fused_sdp_choice(
             *inner, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-        if choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value:
+        learns_mask = attn_mask is not None and attn_mask.requires_grad
+        if not learns_mask and choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value:
             return aten._scaled_dot_product_flash_attention_for_cpu(
                 query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
             )[0]

@@ -10,7 +10,7 @@ numbers inside, account for memory and time, wrap what came out.
 
 from __future__ import annotations
 
-import threading
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -47,11 +47,7 @@ class VirtualTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         handler = _HANDLERS.get(func, execute)
-        try:
-            return handler(func, args, kwargs or {})
-        except BaseException as error:
-            backward_failure.remember(error)
-            raise
+        return handler(func, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents: str | None = None) -> str:
         machine.clock.wait(self.index)
@@ -93,23 +89,6 @@ class VirtualTensor(torch.Tensor):
     data = property(torch._C.TensorBase.data.__get__, _set_data)
 
 
-class _BackwardFailure(threading.local):
-    """The exception that ended the backward pass now running on this thread.
-
-    The autograd engine cannot carry it: see ``backend._Guard``.
-    """
-
-    is_running = False
-    error: BaseException | None = None
-
-    def remember(self, error: BaseException) -> None:
-        if self.is_running:
-            self.error = error
-
-
-backward_failure = _BackwardFailure()
-
-
 def device_of(index: int) -> torch.device:
     """``torch.device("vgpu", index)``, made once."""
     if index not in _DEVICES:
@@ -123,6 +102,8 @@ def wrap(inner: torch.Tensor, index: int, allocation: Allocation | None = None) 
     Raises:
         torch.OutOfMemoryError: the device is full.
     """
+    if inner.layout is not torch.strided:
+        raise NotImplementedError(f"virtual GPUs hold dense tensors only, not {inner.layout}")
     if allocation is None:
         allocation = machine.memories[index].allocate(inner.untyped_storage().nbytes())
     # Positional arguments, because parsing names would take as long as all the rest.
@@ -154,6 +135,9 @@ class Operator:
         self.runs_nothing = runs_nothing(func)
         self.flops = flops_formula(func)
         self.is_mutable: bool = func._schema.is_mutable
+        self.may_resize = self.name == "resize_" or any(
+            argument.is_out for argument in func._schema.arguments
+        )
         self.is_random = torch.Tag.nondeterministic_seeded in tags
         self.has_dynamic_shape = torch.Tag.dynamic_output_shape in tags
         self.takes_host_indices = func._overloadpacket in (
@@ -199,6 +183,8 @@ def finish(
     wrapped = _wrap_output(out, index, list(inputs), new_tensors)
     if operator.runs_nothing:
         return wrapped
+    if operator.may_resize:
+        _follow_resized(inputs)
     if new_tensors:
         written = new_tensors
     elif operator.is_mutable and inputs:
@@ -215,6 +201,15 @@ def finish(
     if not written or operator.has_dynamic_shape:
         machine.clock.wait(index)  # the host cannot go on without the number, or the shape
     return wrapped
+
+
+def _follow_resized(tensors: list[VirtualTensor]) -> None:
+    """Give each tensor whose inner one was resized its new shape, and new memory if it grew."""
+    for outer in tensors:
+        inner = outer.inner
+        if inner.shape != outer.shape:
+            grew = inner.untyped_storage().nbytes() > outer.allocation.nbytes
+            outer.data = wrap(inner, outer.index, None if grew else outer.allocation)
 
 
 @contextmanager
@@ -306,7 +301,7 @@ def _wrap_output(
             if value is owner.inner:
                 return owner
             if _is_alias_of(value, owner.inner):
-                return wrap(value, index, owner.allocation)
+                return _wrap_view(value, index, owner.allocation)
         outer = wrap(value, index)
         owners.append(outer)
         new_tensors.append(value)
@@ -314,6 +309,16 @@ def _wrap_output(
     if isinstance(value, (list, tuple)):
         return type(value)([_wrap_output(item, index, owners, new_tensors) for item in value])
     return value
+
+
+def _wrap_view(inner: torch.Tensor, index: int, allocation: Allocation) -> VirtualTensor:
+    view = wrap(inner, index, allocation)
+    # x.conj() and its like compute nothing: they set a bit that later operators look at.
+    if inner.is_conj():
+        torch._C._set_conj(view, True)
+    if inner.is_neg():
+        torch._C._set_neg(view, True)
+    return view
 
 
 # The operators that do more than compute on one device.
@@ -391,7 +396,8 @@ def _dropout(func, args: tuple, kwargs: dict) -> tuple[VirtualTensor, VirtualTen
 def _dropout_backward(func, args: tuple, kwargs: dict) -> VirtualTensor:
     """The gradient of dropout, rounded as the CPU's autograd rounds it."""
     grad, mask, scale = args
-    out = grad.inner * (mask.inner.to(grad.dtype) / (1 / scale))
+    divisor = 1 / scale if scale else math.inf  # nothing was kept: the gradient is zero
+    out = grad.inner * (mask.inner.to(grad.dtype) / divisor)
     return finish(Operator(func), [], {}, grad.index, [grad, mask], out)
 
 
