@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +42,8 @@ class Trace:
         device_type: ``"vgpu"`` or ``"cuda"``.
         device_count: how many devices there were.
         spans: every operation and copy in the order they were enqueued; seconds since the start.
-        memory: for each device, ``(seconds, bytes in use)`` at each change (virtual GPUs only).
+        memory: for each device, ``(seconds, bytes in use)`` at each change, the seconds being
+            those at which the device gets there (virtual GPUs only).
         peak_memory: for each device, the most bytes in use.
         seconds: from the start until every device had finished.
     """
@@ -96,20 +97,24 @@ class Trace:
         return total
 
     def plot(self, ax: Axes | None = None, title: str = "") -> Axes:
-        """Draw the timeline: one row a device, a copy on the rows of both of its ends."""
-        ax = ax or style.figure(height=1.6 + 0.4 * self.device_count)[1]
+        """Draw the timeline: one row a device, a copy on the rows of both of its ends.
+
+        Devices that did nothing are left out.
+        """
+        devices = sorted({index for span in self.spans for index in _rows(span)} - {None})
+        ax = ax or style.figure(height=1.6 + 0.4 * len(devices))[1]
         unit, scale = _unit(self.seconds)
         for kind, look in LOOKS.items():
             spans = [span for span in self.spans if span.kind == kind]
-            for row in range(self.device_count):
+            for row, index in enumerate(devices):
                 bars = [
                     (span.start * scale, (span.end - span.start) * scale)
                     for span in spans
-                    if row in _rows(span)
+                    if index in _rows(span)
                 ]
                 ax.broken_barh(bars, (row - 0.36, 0.72), linewidth=0, **look)
-        ax.set_yticks(range(self.device_count), [self._name(i) for i in range(self.device_count)])
-        ax.set_ylim(self.device_count - 0.4, -0.6)
+        ax.set_yticks(range(len(devices)), [self._name(index) for index in devices])
+        ax.set_ylim(len(devices) - 0.4, -0.6)
         ax.set_xlim(0, max(self.seconds * scale, 1e-12))
         ax.set_xlabel(unit)
         ax.set_title(f"{title or 'Timeline'} ({self._provenance})")
@@ -119,14 +124,14 @@ class Trace:
         return ax
 
     def plot_memory(self, ax: Axes | None = None, title: str = "") -> Axes:
-        """Draw the bytes in use on each device over the host's time."""
+        """Draw the bytes in use on each device, as the device goes through its work."""
         ax = ax or style.figure()[1]
         unit, scale = _unit(self.seconds)
         for index, events in enumerate(self.memory):
             times = [seconds * scale for seconds, _ in events]
             megabytes = [nbytes / 1e6 for _, nbytes in events]
             ax.step(times, megabytes, where="post", label=self._name(index))
-        ax.set_xlabel(f"{unit} on the host's clock")
+        ax.set_xlabel(unit)
         ax.set_ylabel("MB in use")
         ax.set_ylim(bottom=0)
         ax.set_title(f"{title or 'Memory'} ({self._provenance})")
@@ -193,13 +198,18 @@ def _trace_virtual() -> Iterator[Trace]:
         span.end -= began
         result.spans.append(span)
 
-    def watch(events: list[tuple[float, int]]):
-        return lambda nbytes: events.append((clock.host - began, nbytes))
+    def watch(index: int, events: list[tuple[float, int]]) -> Callable[[int], None]:
+        def add_event(nbytes: int) -> None:
+            # The host reserves memory when it enqueues an operation, often long before the
+            # device gets there. Drawn at the host's time, all would stand at the left edge.
+            events.append((max(clock.host, clock.free_at[index]) - began, nbytes))
+
+        return add_event
 
     listeners = []
-    for memory in machine.memories[:count]:
+    for index, memory in enumerate(machine.memories[:count]):
         events = [(0.0, memory.in_use)]
-        listeners.append(watch(events))
+        listeners.append(watch(index, events))
         memory.listeners.append(listeners[-1])
         result.memory.append(events)
     clock.listeners.append(add_span)

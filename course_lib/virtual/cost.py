@@ -63,19 +63,25 @@ _FORMULAS = {
 }
 
 
-def bytes_read(func: torch._ops.OpOverload, inputs: list[torch.Tensor], written: int) -> int:
-    """Bytes that one call reads from the device's memory.
+def bytes_read_formula(func: torch._ops.OpOverload) -> Callable[[list, int], int]:
+    """How many bytes a call of ``func`` reads from the device's memory.
 
-    Args:
-        inputs: the tensors among its arguments.
-        written: bytes that it writes.
+    The formula takes the virtual tensors among the operator's arguments, and the bytes that it
+    writes.
     """
     packet = func._overloadpacket
     if packet in _READS_NOTHING:
-        return 0
+        return lambda inputs, written: 0
     if packet in _GATHERS:  # the rows that are picked, and the indices that pick them
-        return written + sum(tensor.nbytes for tensor in inputs[1:])
-    return sum([tensor.nbytes for tensor in inputs])
+        return lambda inputs, written: written + _total_bytes(inputs[1:], 0)
+    return _total_bytes
+
+
+def _total_bytes(inputs: list, written: int) -> int:
+    total = 0
+    for tensor in inputs:
+        total += tensor.inner.nbytes
+    return total
 
 
 def runs_nothing(func: torch._ops.OpOverload) -> bool:

@@ -40,7 +40,8 @@ class Memory:
     def change(self, nbytes: int) -> None:
         """Count ``nbytes`` more, or fewer when negative."""
         self.in_use += nbytes
-        self.peak = max(self.peak, self.in_use)
+        if self.in_use > self.peak:
+            self.peak = self.in_use
         for listen in self.listeners:
             listen(self.in_use)
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from course_lib.virtual.cost import bytes_read, flops_formula, runs_nothing
+from course_lib.virtual.cost import bytes_read_formula, flops_formula, runs_nothing
 from course_lib.virtual.machine import DEVICE_TYPE, machine
 from course_lib.virtual.memory import Allocation
 
@@ -91,9 +91,10 @@ class VirtualTensor(torch.Tensor):
 
 def device_of(index: int) -> torch.device:
     """``torch.device("vgpu", index)``, made once."""
-    if index not in _DEVICES:
-        _DEVICES[index] = torch.device(DEVICE_TYPE, index)
-    return _DEVICES[index]
+    device = _DEVICES.get(index)
+    if device is None:
+        device = _DEVICES[index] = torch.device(DEVICE_TYPE, index)
+    return device
 
 
 def wrap(inner: torch.Tensor, index: int, allocation: Allocation | None = None) -> VirtualTensor:
@@ -117,9 +118,7 @@ def wrap(inner: torch.Tensor, index: int, allocation: Allocation | None = None) 
         torch.strided,
         device_of(index),
     )
-    outer.inner = inner
-    outer.index = index
-    outer.allocation = allocation
+    outer.inner, outer.index, outer.allocation = inner, index, allocation
     return outer
 
 
@@ -134,6 +133,7 @@ class Operator:
         self.name: str = func._opname
         self.runs_nothing = runs_nothing(func)
         self.flops = flops_formula(func)
+        self.bytes_read = bytes_read_formula(func)
         self.is_mutable: bool = func._schema.is_mutable
         self.may_resize = self.name == "resize_" or any(
             argument.is_out for argument in func._schema.arguments
@@ -156,7 +156,9 @@ def execute(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:
     host_tensors: list[torch.Tensor] = []
     inner_args = [_unwrap(value, tensors, host_tensors) for value in args]
     inner_kwargs = {name: _unwrap(value, tensors, host_tensors) for name, value in kwargs.items()}
-    index = _common_device(operator, tensors, host_tensors)
+    index = tensors[0].index
+    if len(tensors) > 1 or host_tensors:
+        _check_devices(operator, tensors, host_tensors)
     if "device" in kwargs:
         index = _target_of(kwargs["device"], index)
         inner_kwargs["device"] = "cpu"
@@ -179,25 +181,27 @@ def finish(
     out: Any,
 ) -> Any:
     """Wrap what an operator returned, and charge memory and clock for it."""
-    new_tensors: list[torch.Tensor] = []
-    wrapped = _wrap_output(out, index, list(inputs), new_tensors)
+    written: list[torch.Tensor] = []
+    wrapped = _wrap_output(out, index, inputs, written)
     if operator.runs_nothing:
         return wrapped
     if operator.may_resize:
         _follow_resized(inputs)
-    if new_tensors:
-        written = new_tensors
-    elif operator.is_mutable and inputs:
-        written = [inputs[0].inner]
-    elif isinstance(out, (torch.Tensor, list, tuple)):
-        return wrapped  # a view: nothing runs on the device
+    if not written:
+        if operator.is_mutable:
+            written = [inputs[0].inner]
+        elif isinstance(out, (torch.Tensor, list, tuple)):
+            return wrapped  # a view: nothing runs on the device
+    nbytes = 0
+    for tensor in written:
+        nbytes += tensor.nbytes
+    nbytes += operator.bytes_read(inputs, nbytes)
+    if operator.flops is None:
+        machine.clock.compute(operator.name, index, 0.0, nbytes, 1.0)
     else:
-        written = []
-    nbytes = sum([tensor.nbytes for tensor in written])
-    nbytes += bytes_read(operator.func, [tensor.inner for tensor in inputs], nbytes)
-    flops = operator.flops(inner_args, inner_kwargs, out) if operator.flops else 0.0
-    peak = machine.spec.peak_flops(inputs[0].dtype if inputs else torch.float32)
-    machine.clock.compute(operator.name, index, flops, nbytes, peak)
+        flops = operator.flops(inner_args, inner_kwargs, out)
+        peak = machine.spec.peak_flops(inputs[0].dtype)
+        machine.clock.compute(operator.name, index, flops, nbytes, peak)
     if not written or operator.has_dynamic_shape:
         machine.clock.wait(index)  # the host cannot go on without the number, or the shape
     return wrapped
@@ -235,7 +239,7 @@ def _unwrap(value: Any, tensors: list[VirtualTensor], host_tensors: list[torch.T
         return value
     if kind is list or kind is tuple:
         return kind([_unwrap(item, tensors, host_tensors) for item in value])
-    if isinstance(value, torch.Tensor):
+    if kind is torch.Tensor or isinstance(value, torch.Tensor):
         host_tensors.append(value)
     elif kind is torch.Generator:
         raise RuntimeError(
@@ -248,13 +252,13 @@ def _unwrap(value: Any, tensors: list[VirtualTensor], host_tensors: list[torch.T
 _PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.memory_format}
 
 
-def _common_device(
+def _check_devices(
     operator: Operator, tensors: list[VirtualTensor], host_tensors: list[torch.Tensor]
-) -> int:
-    """The one device that all tensors are on; CPU scalars and CPU indices may join, as on CUDA.
+) -> None:
+    """All tensors must be on one device; CPU scalars and CPU indices may join, as on CUDA.
 
     Raises:
-        RuntimeError: they are on different devices, in the words of CUDA.
+        RuntimeError: they are not, in the words of CUDA.
     """
     index = tensors[0].index
     for tensor in tensors:
@@ -263,7 +267,6 @@ def _common_device(
     for tensor in host_tensors:
         if tensor.dim() > 0 and not operator.takes_host_indices:
             raise _mixed_devices(device_of(index), tensor.device)
-    return index
 
 
 def _mixed_devices(one: torch.device, other: torch.device) -> RuntimeError:
@@ -293,21 +296,27 @@ def _wrap_output(
     """Wrap every tensor in ``value``.
 
     Args:
-        owners: tensors whose memory ``value`` may share; grows by what is wrapped here.
+        owners: tensors whose memory ``value`` may share.
         new_tensors: collects the inner tensors that took memory of their own.
     """
     if isinstance(value, torch.Tensor):
         for owner in owners:
-            if value is owner.inner:
+            inner = owner.inner
+            if value is inner:
                 return owner
-            if _is_alias_of(value, owner.inner):
+            if _is_alias_of(value, inner):
                 return _wrap_view(value, index, owner.allocation)
-        outer = wrap(value, index)
-        owners.append(outer)
         new_tensors.append(value)
-        return outer
+        return wrap(value, index)
     if isinstance(value, (list, tuple)):
-        return type(value)([_wrap_output(item, index, owners, new_tensors) for item in value])
+        # What one operator returns may share memory too, as the gradients of a chunk do.
+        owners = list(owners)
+        wrapped = []
+        for item in value:
+            wrapped.append(_wrap_output(item, index, owners, new_tensors))
+            if isinstance(item, torch.Tensor):
+                owners.append(wrapped[-1])
+        return type(value)(wrapped)
     return value
 
 

@@ -1,0 +1,71 @@
+"""A screenshot of lesson 00 in JupyterLab, for the README.
+
+Unlike the other pictures this one needs a browser: ``pip install playwright``, and Chromium. The
+variable ``CHROMIUM`` says where it is, if not at /usr/bin/chromium. Without them it is kept as it
+is.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURE = Path(__file__).with_suffix(".png")
+LESSON = "notebooks/00_meet_your_gpus.ipynb"
+FIRST_WORDS = "See it: the timeline"
+FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+
+
+def main() -> None:
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        print("  no playwright: images/lesson.png is kept as it is")
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token = secrets.token_hex()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "jupyterlab", "--no-browser", "--ServerApp.ip=127.0.0.1",
+         f"--port={port}", f"--IdentityProvider.token={token}", "--allow-root"],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        with sync_playwright() as playwright:
+            path = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+            browser = playwright.chromium.launch(executable_path=path, args=FLAGS.split())
+            page = browser.new_page(viewport={"width": 1080, "height": 820})
+            _open(page, f"http://127.0.0.1:{port}/doc/tree/{LESSON}?token={token}")
+            heading = page.get_by_role("heading", name=FIRST_WORDS)
+            heading.wait_for(timeout=60_000)
+            page.get_by_role("button", name="No", exact=True).click()  # JupyterLab's news
+            for _ in range(3):  # cells are laid out as they come into view, and move the rest
+                heading.evaluate("element => element.scrollIntoView({block: 'start'})")
+                page.wait_for_timeout(1500)
+            page.screenshot(path=PICTURE)
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _open(page, address: str) -> None:
+    """Go to ``address`` as soon as the server answers."""
+    for _ in range(60):
+        try:
+            page.goto(address)
+            return
+        except Exception:
+            page.wait_for_timeout(500)
+    raise RuntimeError("JupyterLab did not start")
+
+
+if __name__ == "__main__":
+    main()

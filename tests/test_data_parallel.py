@@ -1,0 +1,129 @@
+"""Data parallelism is the same training as on one GPU."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from course_lib import collectives, data_parallel, devices, trace
+from course_lib.compare import largest_difference
+from course_lib.models import GPT, MLP, next_token_loss, parameter_count
+
+
+def train(model, count: int, batches, loss_function=F.cross_entropy) -> list:
+    gpus = devices(count)
+    replicas = data_parallel.replicate(model, gpus)
+    optimizers = [torch.optim.SGD(r.parameters(), lr=0.1, momentum=0.9) for r in replicas]
+    for x, y in batches:
+        xs, ys = data_parallel.split_batch(x, gpus), data_parallel.split_batch(y, gpus)
+        data_parallel.train_step(replicas, optimizers, xs, ys, loss_function)
+    return replicas
+
+
+def train_plainly(model, batches, loss_function=F.cross_entropy):
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss_function(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
+def image_batches(*sizes: int) -> list:
+    torch.manual_seed(0)
+    return [(torch.randn(size, 64), torch.randint(10, (size,))) for size in sizes]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("last", [24, 7, 1], ids=["even", "uneven", "fewer-than-gpus"])
+def test_parameters_are_those_of_plain_training(count: int, last: int) -> None:
+    torch.manual_seed(1)
+    model, batches = MLP(64, 32, 10), image_batches(24, 24, last)
+    replicas = train(model, count, batches)
+    assert largest_difference(replicas[0], train_plainly(model, batches)) < 1e-6
+    assert all(largest_difference(replicas[0], replica) == 0 for replica in replicas)
+
+
+def test_tied_weights_stay_tied_and_right() -> None:
+    torch.manual_seed(1)
+    model = GPT(20, context=8, width=16, heads=2, depth=1, tied=True)
+    batches = [(torch.randint(20, (5, 8)), torch.randint(20, (5, 8))) for _ in range(3)]
+    replicas = train(model, 3, batches, next_token_loss)
+    plain = train_plainly(model, batches, next_token_loss)
+    assert largest_difference(replicas[2], plain) < 1e-6
+    assert all(replica[-1].linear.weight is replica[0].token.weight for replica in replicas)
+
+
+def test_a_frozen_layer_neither_learns_nor_travels() -> None:
+    torch.manual_seed(1)
+    model = MLP(64, 32, 10)
+    model[0].requires_grad_(False)
+    batches = image_batches(12)
+    replicas = train(model, 2, batches)
+    with trace() as t:
+        data_parallel.all_reduce_gradients(replicas)
+    assert torch.equal(replicas[1][0].weight.cpu(), model[0].weight)
+    assert largest_difference(replicas[0], train_plainly(model, batches)) < 1e-6
+    learning = parameter_count(model[2])
+    assert t.bytes_between_devices == collectives.all_reduce_bytes(2, 4 * learning)
+
+
+def test_accumulated_pieces_make_the_gradient_of_the_whole() -> None:
+    gpus = devices(3)
+    torch.manual_seed(1)
+    model, ((x, y),) = MLP(64, 32, 10), image_batches(23)
+    replicas = data_parallel.replicate(model, gpus)
+    for x_piece, y_piece in zip(x.split(10), y.split(10), strict=True):
+        xs, ys = (data_parallel.split_batch(part, gpus) for part in (x_piece, y_piece))
+        data_parallel.backward_on_shards(replicas, xs, ys, F.cross_entropy, batch_size=23)
+    data_parallel.all_reduce_gradients(replicas)
+    F.cross_entropy(model(x), y).backward()
+    for ours, theirs in zip(replicas[2].parameters(), model.parameters(), strict=True):
+        assert torch.allclose(ours.grad.cpu(), theirs.grad, atol=1e-7)
+
+
+def test_the_shards_losses_add_up_to_the_batch_loss() -> None:
+    gpus = devices(4)
+    torch.manual_seed(1)
+    model, ((x, y),) = MLP(64, 32, 10), image_batches(10)
+    replicas = data_parallel.replicate(model, gpus)
+    xs, ys = (data_parallel.split_batch(part, gpus) for part in (x, y))
+    losses = data_parallel.backward_on_shards(replicas, xs, ys, F.cross_entropy)
+    total = sum(loss.item() for loss in losses)
+    assert total == pytest.approx(F.cross_entropy(model(x), y).item(), abs=1e-6)
+
+
+def test_shards_differ_by_one_example_at_most() -> None:
+    gpus = devices(4)
+    assert [len(s) for s in data_parallel.split_batch(torch.zeros(10, 2), gpus)] == [3, 3, 2, 2]
+    assert [len(s) for s in data_parallel.split_batch(torch.zeros(2, 2), gpus)] == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_all_reduce_moves_what_its_formula_says_and_leaves_equal_bits(count: int) -> None:
+    gpus = devices(count)
+    torch.manual_seed(0)
+    originals = [torch.randn(7, 3) for _ in gpus]
+    tensors = [tensor.to(gpu) for tensor, gpu in zip(originals, gpus, strict=True)]
+    with trace() as t:
+        collectives.all_reduce(tensors)
+    assert t.bytes_between_devices == collectives.all_reduce_bytes(count, originals[0].nbytes)
+    for tensor in tensors:
+        assert torch.allclose(tensor.cpu(), sum(originals), atol=1e-6)
+        assert torch.equal(tensor.cpu(), tensors[0].cpu())
+
+
+def test_a_collective_refuses_tensors_of_different_shapes() -> None:
+    gpus = devices(2)
+    tensors = [torch.zeros(3, device=gpus[0]), torch.zeros(4, device=gpus[1])]
+    with pytest.raises(ValueError, match=r"tensors of one shape.*\(3,\), \(4,\)"):
+        collectives.all_reduce(tensors)
+    with pytest.raises(ValueError, match="at least one tensor"):
+        collectives.all_reduce([])
+
+
+def test_models_of_different_shapes_cannot_be_compared() -> None:
+    with pytest.raises(ValueError, match="different parameters"):
+        largest_difference(MLP(4, 2), MLP(4, 3))
