@@ -67,7 +67,7 @@ images: $(STAMP) ## Draw every picture anew
 	@for script in images/*.py; do echo "$$script"; $(PY) "$$script" || exit 1; done
 
 bench: $(STAMP) ## Run the benchmarks
-	$(PYTEST) -s tests/benchmarks
+	$(PY) tests/benchmarks/bench_virtual.py
 
 lint: $(STAMP) ## Look for style mistakes
 	$(PY) -m ruff check .

@@ -10,6 +10,7 @@ On virtual GPUs the times are simulated; on real ones the same object is filled 
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 from collections import defaultdict
@@ -27,9 +28,9 @@ from course_lib.virtual.clock import Span
 from course_lib.virtual.machine import DEVICE_TYPE, machine
 
 LOOKS = {
-    "matmul": {"facecolor": style.BLUE},
-    "other": {"facecolor": style.SKY},
-    "copy": {"facecolor": style.ORANGE, "hatch": "////", "edgecolor": "white"},
+    "matmul": {"facecolor": style.BLUE, "edgecolor": "white"},
+    "other": {"facecolor": style.SKY, "edgecolor": "white"},
+    "copy": {"facecolor": style.ORANGE, "edgecolor": "white", "hatch": "////"},
 }
 KIND_NAMES = {"matmul": "matrix products", "other": "other operations", "copy": "copies"}
 
@@ -77,7 +78,12 @@ class Trace:
 
     def busy_seconds(self, index: int) -> float:
         """Seconds in which device ``index`` computed or copied."""
-        return sum(span.end - span.start for span in self.spans if index in _rows(span))
+        busy = done = 0.0
+        for span in sorted(self.spans, key=lambda span: span.start):
+            if index in _rows(span):  # on a real GPU, spans of one device can overlap
+                busy += max(0.0, span.end - max(span.start, done))
+                done = max(done, span.end)
+        return busy
 
     def idle_fraction(self, index: int) -> float:
         """The part of the whole time in which device ``index`` did nothing, from 0 to 1."""
@@ -112,7 +118,8 @@ class Trace:
                     for span in spans
                     if index in _rows(span)
                 ]
-                ax.broken_barh(bars, (row - 0.36, 0.72), linewidth=0, **look)
+                edge = 0.5 if len(self.spans) < 200 else 0  # too many edges would hide the bars
+                ax.broken_barh(bars, (row - 0.36, 0.72), linewidth=edge, **look)
         ax.set_yticks(range(len(devices)), [self._name(index) for index in devices])
         ax.set_ylim(len(devices) - 0.4, -0.6)
         ax.set_xlim(0, max(self.seconds * scale, 1e-12))
@@ -169,6 +176,7 @@ def _unit(seconds: float) -> tuple[str, float]:
 @contextmanager
 def trace() -> Iterator[Trace]:
     """Record what the GPUs do in the block; the recording is complete when the block ends."""
+    gc.collect()  # peak memory must not depend on when Python last looked for garbage
     hardware.synchronize()
     recording = _trace_virtual() if machine.device_count else _trace_real()
     with recording as result:
@@ -248,7 +256,7 @@ def spans_from_profiler(events: list[dict]) -> list[Span]:
     """Spans from the events of a ``torch.profiler`` trace of CUDA devices.
 
     A kernel counts as a matrix product by its name, since a profiler knows no FLOPs: the
-    libraries that compute them call them ``gemm``, ``cutlass``, ``conv`` or ``flash``.
+    libraries that compute them use the words in ``_PRODUCT_NAMES``.
     """
     work = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     if not work:
@@ -257,11 +265,14 @@ def spans_from_profiler(events: list[dict]) -> list[Span]:
     return [_span_from_event(event, began) for event in sorted(work, key=lambda e: e["ts"])]
 
 
+_PRODUCT_NAMES = ("gemm", "gemv", "cutlass", "nvjet", "conv", "flash")
+
+
 def _span_from_event(event: dict, began: float) -> Span:
     start = (event["ts"] - began) * 1e-6
     details = event.get("args", {})
     name = event["name"]
-    device = int(details.get("device", 0))
+    device = int(details.get("device", details.get("fromDevice", 0)))  # peer copies have no device
     route = None
     if event["cat"] == "gpu_memcpy":
         sender = int(details.get("fromDevice", device))
@@ -272,7 +283,7 @@ def _span_from_event(event: dict, began: float) -> Span:
             route = (device, None)
         elif sender != receiver:
             route = (sender, receiver)
-    is_product = any(word in name.lower() for word in ("gemm", "cutlass", "conv", "flash"))
+    is_product = any(word in name.lower() for word in _PRODUCT_NAMES)
     return Span(
         name=name,
         device=device,

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any
 
 import torch
+from torch._decomp.decompositions import gru_impl, lstm_impl
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from course_lib.virtual import autocast
@@ -23,6 +26,7 @@ from course_lib.virtual.tensor import (
     device_generator,
     finish,
     index_of,
+    refuse_generator,
 )
 
 aten = torch.ops.aten
@@ -30,6 +34,8 @@ aten = torch.ops.aten
 
 class _DeviceModule:
     """What ``torch.vgpu`` is; the names are those of ``torch.cuda``."""
+
+    _initialized = True
 
     def is_available(self) -> bool:
         return machine.device_count > 0
@@ -44,7 +50,18 @@ class _DeviceModule:
         return machine.device_count
 
     def current_device(self) -> int:
-        return 0
+        return machine.current_device
+
+    def set_device(self, device: Any) -> None:
+        machine.current_device = _index(device)
+
+    @contextmanager
+    def device(self, device: Any) -> Iterator[None]:
+        outer, machine.current_device = machine.current_device, _index(device)
+        try:
+            yield
+        finally:
+            machine.current_device = outer
 
     def synchronize(self, device: Any = None) -> None:
         if device is None:
@@ -79,7 +96,7 @@ class _DeviceModule:
 def _index(device: Any) -> int:
     """A device given as ``"vgpu:1"``, as a ``torch.device``, as ``1`` or not at all."""
     if device is None:
-        return 0
+        return machine.current_device
     return index_of(
         torch.device(DEVICE_TYPE, device) if isinstance(device, int) else torch.device(device)
     )
@@ -138,9 +155,16 @@ def register() -> list[torch.library.Library]:
     library = torch.library.Library("aten", "IMPL")
     _register_operators(library)
     _register_attention(library)
+    _register_recurrent(library)
     # torch.tensor(..., device="vgpu:1") copies with the Python dispatcher switched off.
     library.impl("_copy_from", _copy_from, "PrivateUse1")
+    # What torch.load does with map_location="vgpu:2": tensors are rebuilt from the CPU's numbers.
+    torch.serialization.register_package(9, lambda storage: None, _keep_storage)
     return [library, *autocast.register()]
+
+
+def _keep_storage(storage: Any, location: str) -> Any:
+    return storage if location.startswith(DEVICE_TYPE) else None
 
 
 def _prepare_backward() -> None:
@@ -196,18 +220,28 @@ def _never_called(*args: Any, **kwargs: Any) -> Any:
 def _create(func: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     """Run a factory on the CPU and put what it made on the device."""
     index = index_of(kwargs["device"])
-    with device_generator(index):
+    if kwargs.get("generator") is not None:
+        refuse_generator(kwargs["generator"])
+    operator = Operator.of(func)
+    with device_generator(index) if operator.is_random else nullcontext():
         try:
             out = func(*args, **{**kwargs, "device": "cpu"})
         except RuntimeError as error:
             if "can't allocate memory" in str(error):
                 raise torch.OutOfMemoryError(str(error)) from None
             raise
-    return finish(Operator(func), [], {}, index, [], out)
+    return finish(operator, [], {}, index, [], out)
+
+
+def _register_recurrent(library: torch.library.Library) -> None:
+    """LSTM and GRU are one fused operator on a GPU; here they are the products they consist of."""
+    for key in ("AutogradPrivateUse1", "PrivateUse1"):
+        library.impl("lstm.input", lstm_impl, key)
+        library.impl("gru.input", gru_impl, key)
 
 
 def _copy_from(source: torch.Tensor, destination: torch.Tensor, non_blocking: bool = False):
-    return copy_(aten.copy_.default, (destination, source, non_blocking), {})
+    return copy_(Operator.of(aten.copy_.default), (destination, source, non_blocking), {})
 
 
 def _register_attention(library: torch.library.Library) -> None:

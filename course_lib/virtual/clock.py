@@ -64,12 +64,17 @@ class Clock:
         Args:
             peak: FLOP/s of the device in the operation's dtype.
         """
-        seconds = max(flops / peak, nbytes / self.spec.memory_bandwidth)
+        seconds = nbytes / self.spec.memory_bandwidth
+        if flops:
+            seconds = max(seconds, flops / peak)
         self.host += self.spec.launch_overhead
-        start = max(self.host, self.free_at[device])
+        start = self.free_at[device]
+        if start < self.host:
+            start = self.host
         self.free_at[device] = end = start + seconds
-        for listen in self.listeners:
-            listen(Span(name, device, start, end, flops, nbytes, None, self.region))
+        if self.listeners:
+            for listen in self.listeners:
+                listen(Span(name, device, start, end, flops, nbytes, None, self.region))
 
     def copy(self, source: int | None, destination: int | None, nbytes: int) -> None:
         """Enqueue a copy; ``None`` is the host, which waits for a copy to or from itself."""

@@ -63,24 +63,26 @@ _FORMULAS = {
 }
 
 
-def bytes_read_formula(func: torch._ops.OpOverload) -> Callable[[list, int], int]:
-    """How many bytes a call of ``func`` reads from the device's memory.
+def bytes_formula(func: torch._ops.OpOverload) -> Callable[[list, list], int]:
+    """How many bytes a call of ``func`` reads from and writes to the device's memory.
 
-    The formula takes the virtual tensors among the operator's arguments, and the bytes that it
-    writes.
+    The formula takes the virtual tensors among the operator's arguments, and the plain tensors
+    that it wrote.
     """
     packet = func._overloadpacket
     if packet in _READS_NOTHING:
-        return lambda inputs, written: 0
-    if packet in _GATHERS:  # the rows that are picked, and the indices that pick them
-        return lambda inputs, written: written + _total_bytes(inputs[1:], 0)
-    return _total_bytes
+        return lambda inputs, written: _read_and_written([], written)
+    if packet in _GATHERS:  # reads the rows that are picked, and the indices that pick them
+        return lambda inputs, written: _read_and_written(inputs[1:], [*written, *written])
+    return _read_and_written
 
 
-def _total_bytes(inputs: list, written: int) -> int:
+def _read_and_written(inputs: list, written: list) -> int:
     total = 0
     for tensor in inputs:
         total += tensor.inner.nbytes
+    for tensor in written:
+        total += tensor.nbytes
     return total
 
 

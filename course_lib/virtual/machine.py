@@ -30,10 +30,12 @@ class Machine:
         """
         self.spec = spec
         self.device_count = device_count
+        self.current_device = 0
         self.clock = Clock(spec, device_count)
         for index in range(len(self.memories), device_count):
             self.memories.append(Memory(f"{DEVICE_TYPE}:{index}", spec.memory))
-            self.generators.append(torch.Generator())
+            # As if torch.manual_seed had been called after this device came to be.
+            self.generators.append(torch.Generator().manual_seed(torch.initial_seed()))
         for memory in self.memories:
             memory.capacity = spec.memory
 

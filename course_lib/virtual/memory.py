@@ -25,23 +25,27 @@ class Memory:
             torch.OutOfMemoryError: the device does not have them, in the words of CUDA.
         """
         if self.in_use + nbytes > self.capacity:
-            # Tensors in unreachable reference cycles are garbage that Python has not looked at
-            # yet. Whether a program fits must not depend on when it last did.
-            gc.collect()
-            if self.in_use + nbytes > self.capacity:
-                raise torch.OutOfMemoryError(
-                    f"{self.device} out of memory. Tried to allocate {format_bytes(nbytes)}. "
-                    f"It has a total capacity of {format_bytes(self.capacity)}, "
-                    f"of which {format_bytes(self.capacity - self.in_use)} is free "
-                    f"and {format_bytes(self.in_use)} is in use."
-                )
-        return Allocation(self, nbytes)
-
-    def change(self, nbytes: int) -> None:
-        """Count ``nbytes`` more, or fewer when negative."""
+            self._make_room(nbytes)
         self.in_use += nbytes
         if self.in_use > self.peak:
             self.peak = self.in_use
+        if self.listeners:
+            self.tell_listeners()
+        return Allocation(self, nbytes)
+
+    def _make_room(self, nbytes: int) -> None:
+        # Tensors in unreachable reference cycles are garbage that Python has not looked at yet.
+        # Whether a program fits must not depend on when it last did.
+        gc.collect()
+        if self.in_use + nbytes > self.capacity:
+            raise torch.OutOfMemoryError(
+                f"{self.device} out of memory. Tried to allocate {format_bytes(nbytes)}. "
+                f"It has a total capacity of {format_bytes(self.capacity)}, "
+                f"of which {format_bytes(self.capacity - self.in_use)} is free "
+                f"and {format_bytes(self.in_use)} is in use."
+            )
+
+    def tell_listeners(self) -> None:
         for listen in self.listeners:
             listen(self.in_use)
 
@@ -57,10 +61,12 @@ class Allocation:
     def __init__(self, memory: Memory, nbytes: int) -> None:
         self.memory = memory
         self.nbytes = nbytes
-        memory.change(nbytes)
 
     def __del__(self) -> None:
-        self.memory.change(-self.nbytes)
+        memory = self.memory
+        memory.in_use -= self.nbytes
+        if memory.listeners:
+            memory.tell_listeners()
 
 
 def format_bytes(nbytes: float) -> str:

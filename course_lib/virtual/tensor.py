@@ -11,13 +11,13 @@ numbers inside, account for memory and time, wrap what came out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from course_lib.virtual.cost import bytes_read_formula, flops_formula, runs_nothing
+from course_lib.virtual.cost import bytes_formula, flops_formula, runs_nothing
 from course_lib.virtual.machine import DEVICE_TYPE, machine
 from course_lib.virtual.memory import Allocation
 
@@ -46,8 +46,8 @@ class VirtualTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        handler = _HANDLERS.get(func, execute)
-        return handler(func, args, kwargs or {})
+        operator = _operators.get(id(func)) or Operator.of(func)
+        return operator.handler(operator, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents: str | None = None) -> str:
         machine.clock.wait(self.index)
@@ -72,6 +72,13 @@ class VirtualTensor(torch.Tensor):
 
     def __array__(self, dtype=None, copy=None):
         return self.numpy()
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        # Saved as the CPU tensor and the name of the device, as PyTorch does for other devices
+        # whose memory it cannot read; torch.load(weights_only=True) knows the function.
+        numbers = self.detach().cpu()
+        rebuild = torch._utils._rebuild_device_tensor_from_cpu_tensor
+        return rebuild, (numbers, self.dtype, str(self.device), self.requires_grad)
 
     def tolist(self) -> Any:
         return self.detach().cpu().tolist()
@@ -125,15 +132,14 @@ def wrap(inner: torch.Tensor, index: int, allocation: Allocation | None = None) 
 class Operator:
     """What :func:`execute` must know of one operator, looked up once and kept."""
 
-    known: ClassVar[dict[torch._ops.OpOverload, Operator]] = {}
-
     def __init__(self, func: torch._ops.OpOverload) -> None:
         tags = func.tags
-        self.func = func
+        self.run: Callable = func._op  # what calling ``func`` calls, without the detour
+        self.handler: Callable = _HANDLERS.get(func, execute)
         self.name: str = func._opname
         self.runs_nothing = runs_nothing(func)
         self.flops = flops_formula(func)
-        self.bytes_read = bytes_read_formula(func)
+        self.bytes_moved = bytes_formula(func)
         self.is_mutable: bool = func._schema.is_mutable
         self.may_resize = self.name == "resize_" or any(
             argument.is_out for argument in func._schema.arguments
@@ -146,29 +152,47 @@ class Operator:
             aten.index_put_,
             aten._index_put_impl_,
         )
-        self.known[func] = self
+
+    @classmethod
+    def of(cls, func: torch._ops.OpOverload) -> Operator:
+        if id(func) not in _operators:
+            _operators[id(func)] = cls(func)
+        return _operators[id(func)]
 
 
-def execute(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:
+# By id, because hashing an operator takes a call to Python; operators live for ever.
+_operators: dict[int, Operator] = {}
+
+
+def execute(operator: Operator, args: tuple, kwargs: dict) -> Any:
     """Run one operator whose tensors are on one virtual GPU."""
-    operator = Operator.known.get(func) or Operator(func)
     tensors: list[VirtualTensor] = []
     host_tensors: list[torch.Tensor] = []
-    inner_args = [_unwrap(value, tensors, host_tensors) for value in args]
-    inner_kwargs = {name: _unwrap(value, tensors, host_tensors) for name, value in kwargs.items()}
+    inner_args = []
+    for value in args:
+        if type(value) is VirtualTensor:  # nearly always, and not worth a call
+            tensors.append(value)
+            inner_args.append(value.inner)
+        else:
+            inner_args.append(_unwrap(value, tensors, host_tensors))
+    inner_kwargs = {}
+    for name, value in kwargs.items():
+        inner_kwargs[name] = _unwrap(value, tensors, host_tensors)
     index = tensors[0].index
-    if len(tensors) > 1 or host_tensors:
-        _check_devices(operator, tensors, host_tensors)
+    if len(tensors) > 1:
+        _check_same_device(tensors)
+    if host_tensors:
+        _check_host_tensors(operator, index, host_tensors)
     if "device" in kwargs:
         index = _target_of(kwargs["device"], index)
         inner_kwargs["device"] = "cpu"
         if index is None:
-            return func(*inner_args, **inner_kwargs)
+            return operator.run(*inner_args, **inner_kwargs)
     if operator.is_random:
         with device_generator(index):
-            out = func(*inner_args, **inner_kwargs)
+            out = operator.run(*inner_args, **inner_kwargs)
     else:
-        out = func(*inner_args, **inner_kwargs)
+        out = operator.run(*inner_args, **inner_kwargs)
     return finish(operator, inner_args, inner_kwargs, index, tensors, out)
 
 
@@ -192,10 +216,7 @@ def finish(
             written = [inputs[0].inner]
         elif isinstance(out, (torch.Tensor, list, tuple)):
             return wrapped  # a view: nothing runs on the device
-    nbytes = 0
-    for tensor in written:
-        nbytes += tensor.nbytes
-    nbytes += operator.bytes_read(inputs, nbytes)
+    nbytes = operator.bytes_moved(inputs, written)
     if operator.flops is None:
         machine.clock.compute(operator.name, index, 0.0, nbytes, 1.0)
     else:
@@ -242,34 +263,37 @@ def _unwrap(value: Any, tensors: list[VirtualTensor], host_tensors: list[torch.T
     if kind is torch.Tensor or isinstance(value, torch.Tensor):
         host_tensors.append(value)
     elif kind is torch.Generator:
-        raise RuntimeError(
-            f"Expected a '{DEVICE_TYPE}' device type for generator but found '{value.device.type}'."
-            " Leave generator= out: each virtual GPU has its own, seeded by torch.manual_seed."
-        )
+        refuse_generator(value)
     return value
+
+
+def refuse_generator(generator: torch.Generator) -> None:
+    """Raise an error, in the words of CUDA, and say what to do."""
+    raise RuntimeError(
+        f"Expected a '{DEVICE_TYPE}' device type for generator but found '{generator.device.type}'."
+        " Leave generator= out: each virtual GPU has its own, seeded by torch.manual_seed."
+    )
 
 
 _PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.memory_format}
 
 
-def _check_devices(
-    operator: Operator, tensors: list[VirtualTensor], host_tensors: list[torch.Tensor]
-) -> None:
-    """All tensors must be on one device; CPU scalars and CPU indices may join, as on CUDA.
-
-    Raises:
-        RuntimeError: they are not, in the words of CUDA.
-    """
+def _check_same_device(tensors: list[VirtualTensor]) -> None:
     index = tensors[0].index
     for tensor in tensors:
         if tensor.index != index:
             raise _mixed_devices(device_of(index), tensor.device)
+
+
+def _check_host_tensors(operator: Operator, index: int, host_tensors: list[torch.Tensor]) -> None:
+    """Numbers and indices on the CPU may join the tensors of a device, as on CUDA."""
     for tensor in host_tensors:
         if tensor.dim() > 0 and not operator.takes_host_indices:
             raise _mixed_devices(device_of(index), tensor.device)
 
 
 def _mixed_devices(one: torch.device, other: torch.device) -> RuntimeError:
+    """The error of an operator whose tensors are on two devices, in the words of CUDA."""
     return RuntimeError(
         "Expected all tensors to be on the same device, but found at least two devices, "
         f"{one} and {other}!"
@@ -285,7 +309,7 @@ def _target_of(device: torch.device | None, index: int) -> int | None:
 
 def index_of(device: torch.device) -> int:
     """``torch.device("vgpu:2")`` as ``2``, after checking that there is such a device."""
-    index = device.index or 0
+    index = machine.current_device if device.index is None else device.index
     machine.check_index(index)
     return index
 
@@ -333,15 +357,15 @@ def _wrap_view(inner: torch.Tensor, index: int, allocation: Allocation) -> Virtu
 # The operators that do more than compute on one device.
 
 
-def _to_copy(func, args: tuple, kwargs: dict) -> torch.Tensor:
+def _to_copy(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
     """``x.to(...)``: on the same device a kernel, between devices a copy over the link."""
     (source,) = args
     device = kwargs.get("device")
     if device is None or device == source.device:
-        return execute(func, args, {**kwargs, "device": source.device})
+        return execute(operator, args, {**kwargs, "device": source.device})
     inner_kwargs = {**kwargs, "device": "cpu"}
     destination = _target_of(device, source.index)
-    inner = func(source.inner, **inner_kwargs)
+    inner = operator.run(source.inner, **inner_kwargs)
     if destination is None:
         _charge_copy(source, None, source.inner.nbytes)
         return inner
@@ -350,7 +374,7 @@ def _to_copy(func, args: tuple, kwargs: dict) -> torch.Tensor:
     return outer
 
 
-def copy_(func, args: tuple, kwargs: dict) -> torch.Tensor:
+def copy_(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
     """``a.copy_(b)``: the one operator that may have its tensors on two devices."""
     destination, source = args[0], args[1]
     on_one_device = (
@@ -359,8 +383,8 @@ def copy_(func, args: tuple, kwargs: dict) -> torch.Tensor:
         and destination.index == source.index
     )
     if on_one_device:
-        return execute(func, args, kwargs)
-    func(_inner(destination), _inner(source), *args[2:], **kwargs)
+        return execute(operator, args, kwargs)
+    operator.run(_inner(destination), _inner(source), *args[2:], **kwargs)
     _charge_copy(source, destination, source.nbytes)
     return destination
 
@@ -375,39 +399,39 @@ def _charge_copy(source: torch.Tensor, destination: torch.Tensor | None, nbytes:
     machine.clock.copy(ends[0], ends[1], nbytes)
 
 
-def _item(func, args: tuple, kwargs: dict) -> Any:
+def _item(operator: Operator, args: tuple, kwargs: dict) -> Any:
     """``x.item()``: the host waits for the device, then reads one number."""
     machine.clock.wait(args[0].index)
-    return func(args[0].inner)
+    return operator.run(args[0].inner)
 
 
-def _change_shape_in_place(func, args: tuple, kwargs: dict) -> VirtualTensor:
+def _change_shape_in_place(operator: Operator, args: tuple, kwargs: dict) -> VirtualTensor:
     """``x.t_()`` and the like: the shape changes inside, and outside where PyTorch looks."""
     self = args[0]
-    func(self.inner, *args[1:], **kwargs)
+    operator.run(self.inner, *args[1:], **kwargs)
     inner = self.inner
     with torch.utils._mode_utils.no_dispatch():
         torch.as_strided_(self, inner.size(), inner.stride(), inner.storage_offset())
     return self
 
 
-def _dropout(func, args: tuple, kwargs: dict) -> tuple[VirtualTensor, VirtualTensor]:
+def _dropout(operator: Operator, args: tuple, kwargs: dict) -> tuple[VirtualTensor, VirtualTensor]:
     """``native_dropout``, what a GPU runs, keeps a mask of booleans; the numbers are the CPU's."""
     x, probability, training = args
     if not training or probability == 0:
-        return execute(func, args, kwargs)
-    with device_generator(x.index):
-        keep = torch.empty_like(x.inner).bernoulli_(1 - probability)
+        return execute(operator, args, kwargs)
+    keep = torch.empty_like(x.inner)
+    keep.bernoulli_(1 - probability, generator=machine.generators[x.index])
     out = (x.inner * (keep / (1 - probability)), keep.bool())
-    return finish(Operator(func), [], {}, x.index, [x], out)
+    return finish(operator, [], {}, x.index, [x], out)
 
 
-def _dropout_backward(func, args: tuple, kwargs: dict) -> VirtualTensor:
+def _dropout_backward(operator: Operator, args: tuple, kwargs: dict) -> VirtualTensor:
     """The gradient of dropout, rounded as the CPU's autograd rounds it."""
     grad, mask, scale = args
     divisor = 1 / scale if scale else math.inf  # nothing was kept: the gradient is zero
     out = grad.inner * (mask.inner.to(grad.dtype) / divisor)
-    return finish(Operator(func), [], {}, grad.index, [grad, mask], out)
+    return finish(operator, [], {}, grad.index, [grad, mask], out)
 
 
 _HANDLERS = {

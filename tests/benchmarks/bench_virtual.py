@@ -1,0 +1,107 @@
+"""What virtual GPUs cost in real time: microseconds for an operator, and the ratio for a GPT step.
+
+    python tests/benchmarks/bench_virtual.py
+
+The CPU and the virtual GPU take turns within one run, so that whatever else the machine does
+falls on both.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import course_lib
+from course_lib.models import GPT, next_token_loss
+
+DEVICES = ("cpu", "vgpu:0")
+
+# Each on tensors so small that nearly all of its time is overhead.
+OPERATORS: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "x + y": lambda x, y: x + y,
+    "x @ y": lambda x, y: x @ y,
+    "x.view(-1)": lambda x, y: x.view(-1),
+    "x.add_(y)": lambda x, y: x.add_(y),
+    "x.softmax(-1)": lambda x, y: x.softmax(-1),
+    "torch.cat([x, y])": lambda x, y: torch.cat([x, y]),
+    "F.layer_norm(x)": lambda x, y: F.layer_norm(x, (8,)),
+    "F.dropout(x)": lambda x, y: F.dropout(x, 0.1),
+    "torch.zeros(8)": lambda x, y: torch.zeros(8, device=x.device),
+}
+
+
+def microseconds(run: Callable[[], object], repeats: int = 100) -> float:
+    """The mean of ``repeats`` calls."""
+    began = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - began) / repeats * 1e6
+
+
+def bench_operators(rounds: int = 25) -> None:
+    print(f"{'operator':20}{'CPU us':>10}{'vgpu us':>10}{'overhead us':>14}")
+    inputs = {d: (torch.ones(8, 8, device=d), torch.ones(8, 8, device=d)) for d in DEVICES}
+    best = {name: dict.fromkeys(DEVICES, float("inf")) for name in OPERATORS}
+    for _ in range(rounds):
+        for name, operator in OPERATORS.items():
+            for device, (x, y) in inputs.items():
+                taken = microseconds(partial(operator, x, y))
+                best[name][device] = min(best[name][device], taken)
+    overheads = []
+    for name, (cpu, virtual) in ((name, times.values()) for name, times in best.items()):
+        overheads.append(virtual - cpu)
+        print(f"{name:20}{cpu:10.1f}{virtual:10.1f}{virtual - cpu:14.1f}")
+    print(f"{'median':40}{statistics.median(overheads):14.1f}\n")
+
+
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor) -> float:
+    """Seconds of one step, until its loss is known."""
+    began = time.perf_counter()
+    loss = next_token_loss(model(tokens[:, :-1]), tokens[:, 1:])
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    loss.item()
+    return time.perf_counter() - began
+
+
+def bench_gpt(depth: int, width: int, batch: int, length: int, steps: int = 9) -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 65, (batch, length + 1))
+    programs = {}
+    for device in DEVICES:
+        model = GPT(65, context=length, width=width, heads=6, depth=depth).to(device)
+        programs[device] = (model, torch.optim.AdamW(model.parameters()), tokens.to(device))
+    seconds: dict[str, list[float]] = {device: [] for device in DEVICES}
+    for number in range(steps + 1):
+        for device, program in programs.items():
+            taken = training_step(*program)
+            if number:  # the first step allocates and looks everything up
+                seconds[device].append(taken)
+    # What else the machine does only ever adds time, so the fastest step says most.
+    cpu, virtual = (min(times) for times in seconds.values())
+    print(
+        f"GPT, {depth} layers of width {width}, {batch} x {length} tokens, AdamW: "
+        f"CPU {cpu * 1e3:.0f} ms, vgpu {virtual * 1e3:.0f} ms, ratio {virtual / cpu:.2f} "
+        f"(fastest of {steps})"
+    )
+
+
+def main() -> None:
+    os.environ["COURSE_DEVICES"] = "virtual"
+    course_lib.devices(1, course_lib.A100)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    bench_operators()
+    bench_gpt(depth=2, width=48, batch=8, length=32)
+    bench_gpt(depth=6, width=384, batch=8, length=128)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""``course_lib.devices`` gives real GPUs or virtual ones, and says which in one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import course_lib
+from course_lib import A100, CLASSROOM, H100, H200, LAPTOP, Spec
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+
+
+@pytest.fixture(autouse=True)
+def _virtual(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COURSE_DEVICES", "virtual")
+
+
+def test_devices_are_torch_devices():
+    assert course_lib.devices(2) == [torch.device("vgpu", 0), torch.device("vgpu", 1)]
+    assert all(course_lib.is_virtual(device) for device in course_lib.devices(3))
+    assert not course_lib.is_virtual(torch.device("cpu"))
+    assert not course_lib.is_virtual(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (1, "1 virtual GPU: vgpu:0, each like an A100 / 1000 with 80.00 MB of memory."),
+        (4, "4 virtual GPUs: vgpu:0 to vgpu:3, each like an A100 / 1000 with 80.00 MB of memory."),
+    ],
+)
+def test_one_line_says_what_they_are(count: int, words: str, capsys: pytest.CaptureFixture):
+    course_lib.devices(count)
+    assert capsys.readouterr().out == words + " Times are simulated.\n"
+
+
+def test_the_line_names_the_kind_that_was_asked_for(capsys: pytest.CaptureFixture):
+    device = course_lib.devices(2, H100 / 10)[0]
+    assert "H100 / 10 with 8.00 GB" in capsys.readouterr().out
+    assert course_lib.memory_capacity(device) == 8e9
+
+
+@pytest.mark.parametrize("count", [0, -1, 1025, "4", 2.0, True, None, [1]])
+def test_a_count_that_is_none_is_refused(count: object):
+    with pytest.raises(
+        ValueError, match=r"^devices\(count\) takes a whole number from 1 to 1024: "
+    ):
+        course_lib.devices(count)
+
+
+def test_the_refusal_shows_what_was_given():
+    with pytest.raises(ValueError, match=r": '4'$"):
+        course_lib.devices("4")
+
+
+def test_an_unknown_choice_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COURSE_DEVICES", "nonsense")
+    with pytest.raises(ValueError) as caught:
+        course_lib.devices(2)
+    assert str(caught.value) == "COURSE_DEVICES must be 'virtual' or 'cuda', not 'nonsense'"
+
+
+def test_asking_for_real_gpus_that_are_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COURSE_DEVICES", "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RuntimeError) as caught:
+        course_lib.devices(4)
+    message = str(caught.value)
+    assert message.startswith("COURSE_DEVICES=cuda asks for real GPUs, and this machine has 1 of")
+    assert "4 wanted" in message and "unset it to use virtual ones" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("choice", ["", None])
+def test_enough_real_gpus_are_used(
+    choice: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    if choice is None:
+        monkeypatch.delenv("COURSE_DEVICES")
+    else:
+        monkeypatch.setenv("COURSE_DEVICES", choice)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200")
+    assert course_lib.devices(2) == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    assert capsys.readouterr().out == (
+        "2 real GPUs: cuda:0 to cuda:1 (NVIDIA H200). Times are measured.\n"
+    )
+    assert course_lib.devices(3)[2] == torch.device("vgpu", 2)  # one too few: all virtual
+
+
+def test_virtual_gpus_can_be_forced(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert course_lib.devices(2)[0].type == "vgpu"
+
+
+def test_asking_again_sets_the_clock_to_zero():
+    device = course_lib.devices(2)[0]
+    torch.ones(1000, device=device).add_(1)
+    assert course_lib.host_seconds() > 0
+    course_lib.devices(2)
+    assert course_lib.host_seconds() == 0
+
+
+def run_python(code: str) -> str:
+    """What a Python process of its own prints."""
+    environment = {**os.environ, "COURSE_DEVICES": "virtual"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    return done.stdout
+
+
+def test_importing_the_course_leaves_pytorch_as_it_is():
+    said = run_python(
+        "import torch, course_lib\n"
+        "print(hasattr(torch, 'vgpu'), torch._C._get_privateuse1_backend_name())\n"
+        "print(torch.__future__.get_swap_module_params_on_conversion())\n"
+        "print(course_lib.host_seconds() > 0)\n"
+        "course_lib.synchronize()\n"
+        "with course_lib.region('x'): pass"
+    )
+    assert said.split() == ["False", "privateuseone", "False", "True"]
+
+
+# What a GPU can do.
+
+
+def test_a_gpu_divided_by_a_constant_keeps_its_latencies_and_proportions():
+    tenth = A100 / 10
+    assert tenth.name == "A100 / 10"
+    assert tenth.flops == {dtype: rate / 10 for dtype, rate in A100.flops.items()}
+    assert tenth.memory == A100.memory / 10
+    assert tenth.memory_bandwidth == A100.memory_bandwidth / 10
+    assert tenth.link_bandwidth == A100.link_bandwidth / 10
+    assert tenth.host_bandwidth == A100.host_bandwidth / 10
+    assert (tenth.latency, tenth.launch_overhead) == (A100.latency, A100.launch_overhead)
+    assert CLASSROOM.memory == 80e6
+
+
+@pytest.mark.parametrize("factor", [0, -2])
+def test_a_gpu_cannot_be_divided_by_nothing(factor: float):
+    with pytest.raises(ValueError, match="only be divided by a positive number"):
+        A100 / factor
+
+
+def test_some_numbers_of_a_gpu_can_be_changed():
+    small = A100.with_(memory=40e9)
+    assert small.memory == 40e9
+    assert small.link_bandwidth == A100.link_bandwidth
+    assert small.name != A100.name
+    with pytest.raises(TypeError):
+        A100.with_(colour=3)
+
+
+def test_a_dtype_without_a_rate_runs_at_that_of_float32():
+    assert A100.peak_flops(torch.bfloat16) == 312e12
+    assert A100.peak_flops(torch.int8) == A100.peak_flops(torch.float32) == 19.5e12
+
+
+@pytest.mark.parametrize("spec", [A100, H100, H200, LAPTOP], ids=lambda spec: spec.name)
+def test_every_spec_names_its_source_and_has_sensible_numbers(spec: Spec):
+    assert spec.source
+    assert spec.flops[torch.float64] < spec.flops[torch.float32] <= spec.flops[torch.bfloat16]
+    assert spec.host_bandwidth <= spec.link_bandwidth < spec.memory_bandwidth < 1e13
+    assert 1e9 < spec.memory < 1e12
+    assert 0 < spec.latency < 1e-4 and 0 < spec.launch_overhead < 1e-4

@@ -1,0 +1,283 @@
+"""A virtual GPU holds as many bytes as its tensors have, and runs out of them as CUDA does."""
+
+from __future__ import annotations
+
+import gc
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import course_lib
+from course_lib.models import MLP, parameter_count
+from course_lib.virtual.memory import format_bytes
+
+Devices = list[torch.device]
+pytestmark = pytest.mark.usefixtures("vgpus")
+DEVICE = "vgpu:1"
+MB = 1_000_000
+
+
+def in_use() -> int:
+    return course_lib.memory_in_use(torch.device(DEVICE))
+
+
+def peak() -> int:
+    return course_lib.peak_memory(torch.device(DEVICE))
+
+
+def zeros(nbytes: int) -> torch.Tensor:
+    return torch.zeros(nbytes, dtype=torch.uint8, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.uint8, 1), (torch.bfloat16, 2), (torch.float32, 4), (torch.complex64, 8)],
+)
+def test_a_tensor_holds_its_elements_times_their_size(dtype: torch.dtype, size: int):
+    x = torch.zeros(3, 5, dtype=dtype, device=DEVICE)
+    assert in_use() == 15 * size == x.nbytes
+
+
+def test_del_frees():
+    x = zeros(100)
+    y = zeros(10)
+    del x
+    assert in_use() == 10
+    del y
+    assert in_use() == 0
+
+
+def test_views_share_the_bytes_of_their_base():
+    x = torch.zeros(10, 10, device=DEVICE)
+    views = [x[2:], x.t(), x.view(100), x.detach(), x.unsqueeze(0).expand(5, 10, 10), x.diagonal()]
+    assert in_use() == 400
+    del x
+    assert in_use() == 400  # the smallest view keeps all of it
+    del views
+    assert in_use() == 0
+
+
+def test_in_place_operators_need_no_memory():
+    x = torch.ones(100, device=DEVICE)
+    course_lib.reset_peak_memory(torch.device(DEVICE))
+    x.add_(1).mul_(2)
+    x[3:5] += 1
+    x.t_()
+    assert peak() == in_use() == 400
+
+
+def test_a_copy_to_another_device_is_charged_there(vgpus: Devices):
+    x = torch.zeros(100, device=vgpus[0])
+    y = x.to(vgpus[1])
+    assert [course_lib.memory_in_use(device) for device in vgpus] == [400, 400, 0, 0]
+    del x
+    assert [course_lib.memory_in_use(device) for device in vgpus] == [0, 400, 0, 0]
+    host = y.cpu()
+    del y
+    assert host.sum().item() == 0
+    assert in_use() == 0
+
+
+def test_moving_a_module_moves_its_bytes(vgpus: Devices):
+    model = MLP(10, 10, 10).to(vgpus[0])
+    size = 4 * 2 * (10 * 10 + 10)
+    assert course_lib.memory_in_use(vgpus[0]) == size
+    model.to(vgpus[1])
+    assert [course_lib.memory_in_use(device) for device in vgpus[:2]] == [0, size]
+
+
+def test_assigning_data_frees_what_was_there():
+    x = nn.Parameter(torch.zeros(100, device=DEVICE))
+    x.data = torch.zeros(25, device=DEVICE)
+    assert in_use() == 100
+    del x
+    assert in_use() == 0
+
+
+def test_what_autograd_keeps_for_backward_is_in_use_until_backward_ran():
+    x = torch.ones(1000, device=DEVICE, requires_grad=True)
+    y = x.exp().sin().sum()
+    assert in_use() == 4000 + 4000 + 4  # x, exp's result, y; nobody needs sin's
+    y.backward()
+    assert in_use() == 4000 + 4000 + 4  # x, its gradient, y
+    del x, y
+    assert in_use() == 0
+
+
+def test_what_adamw_training_holds_is_four_times_the_parameters():
+    model = MLP(32, 64, 10).to(DEVICE)
+    parameters = in_use()
+    assert parameters == 4 * parameter_count(model)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    model(torch.ones(8, 32).to(DEVICE)).square().mean().backward()
+    assert in_use() == 2 * parameters
+    optimizer.step()
+    assert in_use() == 4 * parameters  # values, gradients and two moments
+    optimizer.zero_grad()
+    assert in_use() == 3 * parameters
+
+
+@pytest.mark.parametrize("how", [{"foreach": False}, {"foreach": True}, {"fused": True}])
+def test_a_trained_model_leaves_nothing_behind(how: dict):
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Dropout(0.1), nn.Linear(16, 4))
+    model.to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters(), **how)
+    for _ in range(2):
+        optimizer.zero_grad()
+        x, y = torch.randn(6, 8).to(DEVICE), torch.arange(6).remainder(4).to(DEVICE)
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    del model, optimizer, x, y, loss
+    gc.collect()
+    assert in_use() == 0
+
+
+def test_peak_memory_is_the_most_there_was():
+    x = zeros(100)
+    y = zeros(50)
+    del y
+    z = zeros(20)
+    assert peak() == 150
+    course_lib.reset_peak_memory(torch.device(DEVICE))
+    assert peak() == 120 == in_use()
+    del x, z
+
+
+def test_a_product_peaks_at_its_inputs_and_output():
+    x, y = torch.ones(10, 20, device=DEVICE), torch.ones(20, 30, device=DEVICE)
+    course_lib.reset_peak_memory(torch.device(DEVICE))
+    z = x @ y
+    assert peak() == 4 * (200 + 600 + 300) == in_use()
+    del z
+
+
+def test_each_device_has_its_own_memory(vgpus: Devices):
+    held = [torch.zeros(15 * MB, device=device) for device in vgpus]
+    assert [course_lib.memory_in_use(device) for device in vgpus] == [60 * MB] * 4
+    del held
+
+
+# Out of memory.
+
+FULL = re.compile(
+    r"^vgpu:1 out of memory\. Tried to allocate 50\.00 MB\. "
+    r"It has a total capacity of 80\.00 MB, of which 20\.00 MB is free and 60\.00 MB is in use\.$"
+)
+
+
+def test_out_of_memory_says_what_was_tried_and_what_there_is():
+    held = zeros(60 * MB)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        zeros(50 * MB)
+    assert FULL.match(str(caught.value))
+    assert isinstance(caught.value, RuntimeError)
+    del held
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda held: zeros(50 * MB),
+        lambda held: torch.zeros(50 * MB, dtype=torch.uint8).to(DEVICE),
+        lambda held: torch.zeros(50 * MB, dtype=torch.uint8, device="vgpu:0").to(DEVICE),
+        lambda held: held[: 50 * MB] + 1,
+        lambda held: held[: 50 * MB].clone(),
+        lambda held: torch.cat([held[: 25 * MB], held[: 25 * MB]]),
+        lambda held: torch.empty_like(held[: 50 * MB]),
+        lambda held: held[: 25 * MB].to(torch.int16),
+    ],
+    ids=["factory", "from host", "from GPU", "operator", "clone", "cat", "empty_like", "dtype"],
+)
+def test_out_of_memory_loses_nothing_and_the_device_goes_on(allocate):
+    held = zeros(60 * MB)
+    with pytest.raises(torch.OutOfMemoryError, match=FULL):
+        allocate(held)
+    assert in_use() == 60 * MB
+    assert held[-1].item() == 0
+    small = zeros(20 * MB)  # to the last byte
+    assert in_use() == 80 * MB
+    del held, small
+    assert in_use() == 0
+    assert zeros(80 * MB).nbytes == 80 * MB
+
+
+def test_out_of_memory_on_one_device_leaves_the_others_alone(vgpus: Devices):
+    held = zeros(80 * MB)
+    with pytest.raises(torch.OutOfMemoryError):
+        zeros(1)
+    assert torch.zeros(10 * MB, dtype=torch.uint8, device=vgpus[0]).nbytes == 10 * MB
+    del held
+
+
+def test_running_out_in_backward_raises_and_the_learner_goes_on():
+    x = torch.ones(MB, device=DEVICE, requires_grad=True)
+    y = x
+    for _ in range(6):
+        y = y.sin()
+    loss = y.sum()
+    del y
+    filler = zeros(80 * MB - in_use() - 5 * MB)  # room for one gradient and not for two
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"^vgpu:1 out of memory\. Tried to allocate 4"
+    ):
+        loss.backward()
+    del loss, filler, x
+    gc.collect()
+    assert in_use() == 0
+    x = torch.ones(MB, device=DEVICE, requires_grad=True)
+    x.sin().sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_garbage_in_cycles_is_collected_before_giving_up():
+    class Node:
+        pass
+
+    gc.disable()
+    try:
+        node = Node()
+        node.itself, node.tensor = node, zeros(60 * MB)
+        del node
+        assert in_use() == 60 * MB
+        assert zeros(50 * MB).nbytes == 50 * MB
+    finally:
+        gc.enable()
+
+
+def test_less_memory_can_be_asked_for():
+    small = course_lib.devices(1, course_lib.CLASSROOM.with_(memory=1000))[0]
+    assert course_lib.memory_capacity(small) == 1000
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"capacity of 1\.00 kB, of which 1\.00 kB is free"
+    ):
+        torch.zeros(251, device=small)
+    assert torch.zeros(250, device=small).nbytes == 1000
+
+
+def test_asking_for_devices_again_keeps_what_they_hold():
+    x = zeros(1000)
+    course_lib.devices(2)
+    assert in_use() == 1000
+    assert x.sum().item() == 0
+    del x
+    assert in_use() == 0
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (3145728, "3.15 MB"),
+        (80e9, "80.00 GB"),
+        (2e12, "2.00 TB"),
+    ],
+)
+def test_bytes_are_written_as_in_a_data_sheet(nbytes: float, text: str):
+    assert format_bytes(nbytes) == text
