@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-from course_lib import format_bytes, hardware, timeline
+from course_lib import CLASSROOM, format_bytes, hardware, timeline
 from course_lib.exercises.verdict import Verdict, Wrong, check, require_number, right
 
 
@@ -19,7 +20,7 @@ def check_sum(sum_on_first: Callable[[list[Tensor]], Tensor]) -> Verdict:
         originals = [torch.randn(100, 100) for _ in gpus]
         tensors = [tensor.to(gpu) for tensor, gpu in zip(originals, gpus, strict=True)]
         with timeline.trace() as t:
-            total = sum_on_first(tensors)
+            total = sum_on_first(list(tensors))
         if not isinstance(total, Tensor):
             raise Wrong(f"your function should return a tensor, and returned {total!r:.60}.")
         if total.device != gpus[0]:
@@ -30,7 +31,13 @@ def check_sum(sum_on_first: Callable[[list[Tensor]], Tensor]) -> Verdict:
                 f"tensors[{changed.index(True)}] is not what it was: += changes a tensor in "
                 "place. Start from a clone."
             )
-        if not torch.allclose(total.cpu(), sum(originals), atol=1e-5):
+        expected = sum(originals)
+        if total.shape != expected.shape:
+            raise Wrong(
+                f"the sum has shape {tuple(total.shape)}, and should have the shape of each "
+                f"tensor, {tuple(expected.shape)}."
+            )
+        if not torch.allclose(total.cpu().to(expected.dtype), expected, atol=1e-5):
             raise Wrong("the result is on the right device, but it is not the sum of the four.")
         moved, target = sum(t.bytes_moved.values()), 3 * originals[0].nbytes
         facts = [("bytes moved", format_bytes(moved), format_bytes(target))]
@@ -52,16 +59,28 @@ def check_together(sums_of_powers: Callable[[list[Tensor], int], list[float]]) -
         with timeline.trace() as alone:
             _square(matrices[0], times).sum().item()
         with timeline.trace() as t:
-            answers = sums_of_powers(matrices, times)
+            answers = sums_of_powers(list(matrices), times)
         if not isinstance(answers, list | tuple) or len(answers) != len(gpus):
             raise Wrong(f"your function should return a list of four floats, not {answers!r:.60}.")
         for answer in answers:
             if isinstance(answer, Tensor):
                 raise Wrong("these are tensors; a float is what .item() returns.")
-            require_number(answer)
+            if not isinstance(answer, Real):
+                raise Wrong(
+                    f"a list of four floats is asked for: one is a {type(answer).__name__}."
+                )
         expected = [_square(matrix, times).sum().item() for matrix in originals]
         if not torch.allclose(torch.tensor(answers), torch.tensor(expected), rtol=1e-3, atol=1e-3):
-            raise Wrong("the numbers are off: square each matrix `times` times, then add it up.")
+            raise Wrong(
+                "the numbers are off: compute m = m @ m `times` times, then add up all numbers."
+            )
+        busy = {span.device for span in t.spans if span.kind == "matmul"}
+        for index, gpu in enumerate(gpus):
+            if index not in busy:
+                raise Wrong(
+                    f"the sums are right, but {gpu} multiplied nothing: multiply each matrix where "
+                    "it is, and move none."
+                )
         ratio = t.seconds / alone.seconds
         facts = [("time, beside one GPU's", f"{ratio:.2f} times", "at most 1.25 times")]
         if ratio > 1.25:
@@ -81,20 +100,36 @@ def _square(matrix: Tensor, times: int) -> Tensor:
 def check_fits(largest_side: Callable[[int], int]) -> Verdict:
     """Graded by making the matrix: it must fit, and one row and column more must not."""
     for free in (80_000_000, 1_000_000, 12_345_678):
-        side = require_number(largest_side(free))
-        if side != int(side):
-            raise Wrong(f"{side} is no whole number: a matrix has none but whole rows.")
-        side = int(side)
-        if side * side * 4 > free:
+        answer = largest_side(free)
+        side = int(answer) if isinstance(answer, Integral) else require_number(answer)
+        if side % 1:
+            raise Wrong(f"{side} is no whole number: round down, a matrix has whole rows only.")
+        if not isinstance(side, int):
+            raise Wrong(f"return a whole number, an int: {side:.0f} and not {side}.")
+        if side < 1:
+            raise Wrong(f"{side} is no side of a matrix.")
+        if not _fits(side, free):
+            rounded_up = " Round down." if _fits(side - 1, free) else ""
             raise Wrong(
                 f"with {free:,} bytes free you say {side}, and {side} x {side} numbers of 4 bytes "
-                f"are {side * side * 4:,} bytes: it does not fit."
+                f"are {side * side * 4:,} bytes: it does not fit.{rounded_up}"
             )
-        if (side + 1) ** 2 * 4 <= free:
+        if _fits(side + 1, free):
             raise Wrong(
                 f"with {free:,} bytes free you say {side}, and there is room for a larger one. "
-                "A float32 number has 4 bytes."
+                "A float32 number has 4 bytes, and the last byte may be used."
             )
-        if not isinstance(largest_side(free), int):
-            raise Wrong(f"return a whole number: {side}, not {float(side)}.")
     return right("it fits, and nothing larger would.", [("for 80 MB", "4472", "4472")])
+
+
+def _fits(side: int, free: int) -> bool:
+    """Whether ``free`` bytes hold the matrix; a virtual GPU with so much memory makes it."""
+    nbytes = 4 * side * side
+    with hardware.other_devices(1, CLASSROOM.with_(memory=free)) as (gpu,):
+        if nbytes > 2 * free or not hardware.is_virtual(gpu):
+            return nbytes <= free  # far too large to try, or a GPU whose memory is what it is
+        try:
+            torch.empty(side, side, device=gpu)
+        except torch.OutOfMemoryError:
+            return False
+    return True

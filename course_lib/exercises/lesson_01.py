@@ -16,16 +16,26 @@ from course_lib.models import MLP
 
 @check
 def check_flops(block_flops: Callable[[int, int, int], float]) -> Verdict:
-    """Graded against the formula that tests/test_lesson_01.py proves equal to the meter."""
-    for B, T, D in ((2, 32, 64), (4, 16, 32), (1, 128, 64)):
+    """Graded against the formula that tests/test_exercises_01.py proves equal to the meter."""
+    for B, T, D in ((3, 32, 64), (4, 16, 32), (1, 128, 64)):
         linear, attention = 24 * B * T * D * D, 4 * B * T * T * D
         answer, expected = require_number(block_flops(B, T, D)), linear + attention
+        once = "Each multiplication comes with an addition: count both."
+        missing = "The linear layers are right; attention's two products are missing."
         known_mistakes = {
-            expected / 2: "half of it: each multiplication comes with an addition.",
-            linear: "the linear layers are right; attention's two products are missing.",
-            linear + attention / 2: "attention has two products, or count all T x T pairs: one "
-            "half of it is missing.",
-            3 * expected: "that is forward and backward; only forward was asked for.",
+            expected / 2: once,
+            linear: missing,
+            linear / 2: f"{once} Attention's two products are missing, too.",
+            linear + attention / 2: "Attention has two products, and each counts all T x T pairs: "
+            "one half of them is missing.",
+            linear + attention / B: "Attention's two products are done for each of B passages.",
+            linear / 2 + attention: "The linear layers are half of what they should be: the MLP "
+            "goes from D to 4·D and back, and each multiplication comes with an addition.",
+            linear + attention * D / T: "Attention's two products have T·T·D multiplications for "
+            "each passage, not T·D·D.",
+            2 * expected: "That is backward alone; only forward was asked for.",
+            3 * expected: "That is forward and backward; only forward was asked for.",
+            3 * linear: f"That is forward and backward. {missing}",
         }
         if not math.isclose(answer, expected):
             kind = next((k for n, k in known_mistakes.items() if math.isclose(answer, n)), "")
@@ -40,15 +50,26 @@ def check_flops(block_flops: Callable[[int, int, int], float]) -> Verdict:
 @check
 def check_memory(model_bytes: Callable[[int, str], float]) -> Verdict:
     """Graded against the bytes that a model, its gradients and an optimizer took on a device."""
-    numbers = {"sgd": 2, "momentum": 3, "adamw": 4}
-    for optimizer, count in numbers.items():
-        parameters = 1_000_000
-        answer, expected = require_number(model_bytes(parameters, optimizer)), 4e6 * count
+    parameters = 1_000_000
+    remembered = {
+        "momentum": "Momentum remembers one number a parameter",
+        "sgd": "Plain SGD remembers nothing",
+        "adamw": "AdamW remembers two numbers a parameter",
+    }
+    # Momentum first: of three numbers, one missing and 2 bytes each are not the same amount.
+    for optimizer, count in (("momentum", 3), ("sgd", 2), ("adamw", 4)):
+        answer = require_number(model_bytes(parameters, optimizer))
+        expected = 4 * parameters * count
         if answer != expected:
+            besides = f"{remembered[optimizer]}; besides, there are the parameter and its gradient."
             kinds = {
-                expected - 4 * parameters: "One of the holders is missing.",
                 expected / 4: "That is how many numbers; each has 4 bytes.",
-                expected / 2: "Float32 numbers have 4 bytes.",
+                expected / 2: "Float32 numbers have 4 bytes, not 2.",
+                expected * 2: "Float32 numbers have 4 bytes, not 8.",
+                expected - 8 * parameters: f"Two numbers a parameter are missing. {besides}",
+                expected - 4 * parameters: f"One number a parameter is missing. {besides}",
+                expected + 4 * parameters: f"One number a parameter is too many. {besides}",
+                expected + 8 * parameters: f"Two numbers a parameter are too many. {besides}",
             }
             raise Wrong(
                 f"a million parameters with {optimizer} hold {format_bytes(expected)}, and you "
@@ -60,16 +81,18 @@ def check_memory(model_bytes: Callable[[int, str], float]) -> Verdict:
 @check
 def check_accumulate(accumulate: Callable[[nn.Module, Tensor, Tensor, int], None]) -> Verdict:
     """Graded on the gradients, and on the peak memory beside that of one piece."""
-    pieces = 8
+    pieces, size = 8, 256
     with hardware.other_devices(1) as (gpu,):
         torch.manual_seed(0)
         model = MLP(64, 64, 64, 10).to(gpu)
-        x = torch.randn(1024, 64, device=gpu)
-        y = torch.randint(10, (1024,), device=gpu)
+        x = torch.randn(pieces * size, 64, device=gpu)
+        y = torch.randint(10, (pieces * size,), device=gpu)
         F.cross_entropy(model(x), y).backward()
         expected = [parameter.grad.cpu() for parameter in model.parameters()]
         model.zero_grad()
-        one_piece = _peak(gpu, lambda: _backward(model, x[: 1024 // pieces], y[: 1024 // pieces]))
+        _backward(model, x[:size], y[:size])  # so that the next piece meets gradients, as most do
+        gradients = sum(parameter.grad.nbytes for parameter in model.parameters())
+        one_piece = gradients + _peak(gpu, lambda: _backward(model, x[:size], y[:size]))
         model.zero_grad()
         peak = _peak(gpu, lambda: accumulate(model, x, y, pieces))
         gradients = [parameter.grad for parameter in model.parameters()]
@@ -99,6 +122,19 @@ def _require_gradients(gradients: list[Tensor], expected: list[Tensor], pieces: 
         raise Wrong(
             f"the gradient is {pieces} times too large: the mean over the batch is the mean of "
             "the pieces' means, not their sum."
+        )
+    if close(pieces):
+        raise Wrong(
+            f"the gradient is {pieces} times too small: each piece's mean is divided by the "
+            "number of pieces once, not twice."
+        )
+    scale = sum((a * b).sum() for a, b in zip(gradients, expected, strict=True)) / sum(
+        (b**2).sum() for b in expected
+    )
+    if scale and close(1 / scale):
+        raise Wrong(
+            f"the gradient is {float(scale):,.4g} times what it should be. How many pieces did you "
+            "make, and by what did you divide? x.chunk(n) makes n pieces, x.split(n) pieces of n."
         )
     raise Wrong(
         "this is not the gradient of the whole batch. Does every piece take part, and does "

@@ -22,18 +22,25 @@ def check_mean(all_reduce_mean: Callable[[list[Tensor]], None]) -> Verdict:
         originals = [torch.randn(1000) for _ in gpus]
         tensors = [tensor.to(gpu) for tensor, gpu in zip(originals, gpus, strict=True)]
         with timeline.trace() as t:
-            all_reduce_mean(tensors)
+            all_reduce_mean(list(tensors))
         results = [tensor.cpu() for tensor in tensors]
         total, mean = sum(originals), sum(originals) / 4
         if all(torch.equal(a, b) for a, b in zip(results, originals, strict=True)):
             raise Wrong("the tensors are what they were: change them in place, with += or copy_.")
-        for gpu, result in zip(gpus, results, strict=True):
+        for gpu, result, original in zip(gpus, results, originals, strict=True):
+            if torch.equal(result, original):
+                raise Wrong(
+                    f"on {gpu} the tensor is what it was: write into it, with copy_. An = only "
+                    "gives another tensor its name."
+                )
             if torch.allclose(result, total, atol=1e-5):
                 raise Wrong(f"on {gpu} there is the sum: divide by the number of tensors.")
             if not torch.allclose(result, mean, atol=1e-5):
                 raise Wrong(f"on {gpu} there is not the mean of the four.")
         moved, target = sum(t.bytes_moved.values()), 6 * originals[0].nbytes
         facts = [("bytes moved", format_bytes(moved), f"at most {format_bytes(target)}")]
+        if any("host" in route for route in t.bytes_moved):
+            raise Wrong("tensors went over the host: move them from GPU to GPU.", facts)
         if any(not torch.equal(results[0], result) for result in results):
             raise Wrong(
                 "the tensors agree, but not to the last bit: a sum in another order is rounded "
@@ -41,7 +48,11 @@ def check_mean(all_reduce_mean: Callable[[list[Tensor]], None]) -> Verdict:
                 facts,
             )
         if moved > target:
-            raise Wrong("more bytes crossed the links than 2 (N - 1) tensors have.", facts)
+            raise Wrong(
+                "more bytes crossed the links than 2 (N - 1) tensors have: add up on one GPU, and "
+                "send the result to the others.",
+                facts,
+            )
         return right("the mean on every GPU, to the last bit.", facts)
 
 
@@ -58,10 +69,19 @@ def check_combine(combine: Callable[[list[Tensor | None], list[int]], Tensor]) -
             ]
             expected = torch.cat(examples).mean(dim=0)
             means = torch.stack([g.cpu() for g in gradients if g is not None])
-            answer = combine(gradients, sizes)
-            if not isinstance(answer, Tensor):
-                raise Wrong(f"your function should return a tensor, and returned {answer!r:.60}.")
-            answer = answer.cpu()
+            answer = _combined(combine, gradients, sizes)
+            home = next(gradient.device for gradient in gradients if gradient is not None)
+            if answer.device != home:
+                raise Wrong(
+                    f"for shards of {sizes} images the result should be on {home}, and is on "
+                    f"{answer.device}."
+                )
+            if answer.shape != expected.shape:
+                raise Wrong(
+                    f"the result has shape {tuple(answer.shape)}, and should have the shape of "
+                    f"each gradient, {tuple(expected.shape)}."
+                )
+            answer = answer.cpu().to(expected.dtype)
             if torch.allclose(answer, expected, atol=1e-6):
                 continue
             hint = ""
@@ -69,10 +89,30 @@ def check_combine(combine: Callable[[list[Tensor | None], list[int]], Tensor]) -
                 hint = " This is the plain mean of the shards' means."
             elif torch.allclose(answer, means.sum(dim=0), atol=1e-5):
                 hint = " This is the sum of the shards' means."
+            elif torch.allclose(answer, means.sum(dim=0) / len(sizes), atol=1e-5):
+                hint = " This is the sum of the shards' means, divided by the number of GPUs."
             elif torch.allclose(answer, expected * sum(sizes), atol=1e-3):
                 hint = " This is the sum over all images; the mean is asked for."
+            elif torch.allclose(answer, expected * sum(sizes) / len(sizes), atol=1e-3):
+                hint = " Divide by the number of images, not by the number of GPUs."
             raise Wrong(f"for shards of {sizes} images it is not the whole batch's gradient.{hint}")
     return right("even, uneven and empty shards, all weighted by their share.")
+
+
+def _combined(combine: Callable, gradients: list[Tensor | None], sizes: list[int]) -> Tensor:
+    """What the answer returns; an error on an empty shard is told with its likely cause."""
+    try:
+        answer = combine(list(gradients), list(sizes))
+    except (TypeError, AttributeError) as error:
+        if all(gradient is not None for gradient in gradients):
+            raise
+        raise Wrong(
+            f"for shards of {sizes} images your code stopped with {type(error).__name__}: the "
+            "gradient of an empty shard is None, which must be skipped."
+        ) from None
+    if not isinstance(answer, Tensor):
+        raise Wrong(f"your function should return a tensor, and returned {answer!r:.60}.")
+    return answer
 
 
 @check
@@ -93,17 +133,34 @@ def check_once(accumulate_and_exchange: Callable) -> Verdict:
         moved, target = t.bytes_between_devices, 2 * 2 * 4 * parameter_count(model)
         facts = [("bytes moved", format_bytes(moved), format_bytes(target))]
         if any(p.grad is None for replica in replicas for p in replica.parameters()):
-            raise Wrong("a replica has no gradients.", facts)
+            raise Wrong("a replica has no gradients: call .backward() on its losses.", facts)
+        over_host = sum(nbytes for route, nbytes in t.bytes_moved.items() if "host" in route)
+        if over_host >= 4 * parameter_count(model):
+            raise Wrong("gradients went over the host: move them from GPU to GPU.", facts)
         if moved == 0:
             raise Wrong("nothing was exchanged: each replica has the gradient of its own shards.")
-        if moved > target:
+        if moved >= 2 * target:
             raise Wrong(
                 "the gradients were exchanged more than once. Besides the bytes, the second "
                 "exchange adds up sums that were added up before.",
                 facts,
             )
+        if moved > target:
+            raise Wrong(
+                "more bytes crossed the links than one exchange takes, 2 (N - 1) times the "
+                "gradients: add up on one GPU, and send the result to the others.",
+                facts,
+            )
+        busy = {span.device for span in t.spans if span.kind == "matmul"}
+        for index, gpu in enumerate(gpus):
+            if index not in busy:
+                raise Wrong(f"{gpu} computed nothing: each replica runs its own shards.", facts)
         for replica in replicas:
             _require_gradients(replica, model, facts)
+        gradients = [[p.grad.cpu() for p in replica.parameters()] for replica in replicas]
+        for others in gradients[1:]:
+            if not all(torch.equal(a, b) for a, b in zip(gradients[0], others, strict=True)):
+                raise Wrong("the replicas' gradients differ in the last bit: copy one result.")
         return right("three pieces, one exchange.", facts)
 
 
@@ -122,6 +179,12 @@ def _require_gradients(replica: nn.Module, model: nn.Module, facts: list) -> Non
         raise Wrong(
             f"the gradient is about {scale:.0f} times too large: weight each shard's loss with "
             "its share of all the images.",
+            facts,
+        )
+    if scale < 0.67:
+        raise Wrong(
+            f"the gradient is about {scale:.2f} times what it should be. Is something divided "
+            "after the weights, which already add up to one, or set to zero between the pieces?",
             facts,
         )
     raise Wrong(

@@ -6,6 +6,7 @@ import html
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
+from numbers import Real
 
 NOT_ATTEMPTED, WRONG, RIGHT = "not attempted", "wrong", "right"
 _SYMBOLS = {NOT_ATTEMPTED: ("○", "#8A8A8A"), WRONG: ("✗", "#D55E00"), RIGHT: ("✓", "#009E73")}
@@ -40,7 +41,7 @@ class Verdict:
         table = f"<table>{rows}</table>" if rows else ""
         return (
             f'<div style="border-left: 4px solid {colour}; padding: 4px 12px">'
-            f'<b style="color: {colour}">{symbol} {self.status}</b><br>'
+            f"<b>{symbol} {self.status}</b><br>"
             f"{html.escape(self.message)}{table}</div>"
         )
 
@@ -60,13 +61,15 @@ def check(function: Callable[..., Verdict]) -> Callable[..., Verdict]:
     def never_raises(*answer: object) -> Verdict:
         try:
             return function(*answer)
-        except NotImplementedError:
-            return Verdict(NOT_ATTEMPTED, "write your answer in the cell above and run both again.")
         except Wrong as wrong:
             return Verdict(WRONG, str(wrong), wrong.facts)
         except Exception as error:
-            first_line = (str(error).splitlines() or [""])[0]
-            return Verdict(WRONG, f"your code stopped with {type(error).__name__}: {first_line}")
+            name, lines = type(error).__name__, str(error).splitlines()
+            if isinstance(error, NotImplementedError) and not lines:  # as the stub raises it
+                message = "write your answer in the cell above and run both again."
+                return Verdict(NOT_ATTEMPTED, message)
+            what = f"{name}: {lines[0]}" if lines else f"a bare {name}."
+            return Verdict(WRONG, f"your code stopped with {what}")
 
     return never_raises
 
@@ -80,6 +83,6 @@ def require_number(value: object) -> float:
     """``value`` as a float, or a clear word that it is none."""
     if value is None:
         raise Wrong("your function returned None: is a return statement missing?")
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise Wrong(f"your function should return a number, and returned a {type(value).__name__}.")
     return float(value)

@@ -1,0 +1,118 @@
+"""Answers to an exercise, right and wrong, and how a check must treat them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+
+import nbformat
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import notebook_tools
+from course_lib.data_parallel import all_reduce_gradients
+from course_lib.exercises.verdict import Verdict
+
+Answer = Callable[..., object]
+
+# What a learner has at hand when they come to the exercises.
+LESSON_NAMES = {"torch": torch, "nn": nn, "F": F, "all_reduce_gradients": all_reduce_gradients}
+
+BELITTLING = re.compile(r"\b(simply|just|obviously|trivially)\b", re.IGNORECASE)
+
+
+@dataclass(eq=False)
+class Answers:
+    """One exercise's check, and the answers that its tests feed in.
+
+    Use the methods as decorators: ``@SUM.wrong("in place")`` on a function says that the check
+    refuses it, with these words in its message; ``@SUM.right`` says that it accepts it.
+    """
+
+    lesson: str
+    name: str
+    check: Callable[[Answer], Verdict]
+    wrong_answers: list[tuple[Answer, tuple[str, ...]]] = field(default_factory=list, repr=False)
+    right_answers: list[Answer] = field(default_factory=list, repr=False)
+
+    def wrong(self, *words: str) -> Callable[[Answer], Answer]:
+        def keep(answer: Answer) -> Answer:
+            self.wrong_answers.append((answer, words))
+            return answer
+
+        return keep
+
+    def right(self, answer: Answer) -> Answer:
+        self.right_answers.append(answer)
+        return answer
+
+    @property
+    def stub(self) -> Answer:
+        """The function in the notebook that the learner has not touched."""
+        exercise, nb = _from_notebook(self.lesson, self.name)
+        return _last_function(nb.cells[exercise.stub_index].source)
+
+    @property
+    def solution(self) -> Answer:
+        """The function behind the notebook's *Solution*."""
+        exercise, _ = _from_notebook(self.lesson, self.name)
+        return _last_function(exercise.solution)
+
+    def judge(self, answer: Answer) -> Verdict:
+        """What the check says about ``answer``: one line, in the course's tone."""
+        verdict = self.check(answer)
+        assert verdict.message and "\n" not in verdict.message
+        assert not BELITTLING.search(verdict.message)
+        assert verdict.status in verdict._repr_html_()
+        return verdict
+
+
+@cache
+def _from_notebook(lesson: str, name: str) -> tuple[notebook_tools.Exercise, nbformat.NotebookNode]:
+    (path,) = notebook_tools.NOTEBOOKS.glob(f"{lesson}_*.ipynb")
+    nb = nbformat.read(path, as_version=4)
+    (exercise,) = (found for found in notebook_tools.exercises(nb) if found.name == name)
+    return exercise, nb
+
+
+def _last_function(source: str) -> Answer:
+    names = dict(LESSON_NAMES)
+    exec(source, names)
+    return names[list(names)[-1]]
+
+
+def each_exercise(exercises: Iterable[Answers]) -> pytest.MarkDecorator:
+    """Run a test once for each exercise."""
+    return pytest.mark.parametrize("exercise", exercises, ids=lambda exercise: exercise.name)
+
+
+def each_wrong_answer(exercises: Iterable[Answers]) -> pytest.MarkDecorator:
+    """Run a test once for each wrong answer to each exercise."""
+    return pytest.mark.parametrize(
+        ("exercise", "answer", "words"),
+        [
+            pytest.param(exercise, answer, words, id=_promise(exercise, answer))
+            for exercise in exercises
+            for answer, words in exercise.wrong_answers
+        ],
+    )
+
+
+def each_right_answer(exercises: Iterable[Answers]) -> pytest.MarkDecorator:
+    """Run a test once for each answer that is right in another way than the solution."""
+    return pytest.mark.parametrize(
+        ("exercise", "answer"),
+        [
+            pytest.param(exercise, answer, id=_promise(exercise, answer))
+            for exercise in exercises
+            for answer in exercise.right_answers
+        ],
+    )
+
+
+def _promise(exercise: Answers, answer: Answer) -> str:
+    return f"{exercise.name}: {answer.__name__.replace('_', ' ')}"
