@@ -35,12 +35,13 @@ class Explorer(ipywidgets.VBox):
         self._draw = draw
         self._controls = controls
         self._picture = ipywidgets.Image(format="png")
-        self._picture.layout.max_width = "100%"
+        self._picture.layout.width, self._picture.layout.max_width = "900px", "100%"
         for control in controls.values():
             control.style.description_width = "190px"
             control.layout.width = "480px"
             control.observe(self._refresh, names="value")
         super().__init__([*controls.values(), self._picture])
+        self.layout.align_items = "flex-start"
         self._refresh()
 
     @property
@@ -49,11 +50,13 @@ class Explorer(ipywidgets.VBox):
         return {name: control.value for name, control in self._controls.items()}
 
     def _refresh(self, change: object = None) -> None:
+        self._picture.layout.opacity = "0.4"  # a sign of work going on
         figure = self._draw(**self.values)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=100)
         plt.close(figure)
         self._picture.value = buffer.getvalue()
+        self._picture.layout.opacity = "1"
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value}" for name, value in self.values.items())
@@ -116,7 +119,7 @@ def explore_step() -> Explorer:
         used = sum(holders.values())
         memory_ax.set(xlabel="MB", title=f"{used / 1e6:.1f} of {capacity / 1e6:.0f} MB held")
         memory_ax.invert_yaxis()
-        time_ax.barh(list(seconds), [s * 1e3 for s in seconds.values()], color=style.CYCLE)
+        time_ax.barh(list(seconds), [s * 1e3 for s in seconds.values()], color=style.GREY)
         total = sum(seconds.values())
         time_ax.set(
             xlabel="milliseconds", title=f"{batch / total:,.0f} examples a second (simulated)"
@@ -184,7 +187,7 @@ def explore_data_parallel() -> Explorer:
         )  # fmt: skip
         for place, milliseconds in zip(places, total, strict=True):
             ax.text(
-                place, milliseconds, f"{total[0] / milliseconds:.1f}x", ha="center", va="bottom"
+                place, milliseconds, f"{total[0] / milliseconds:.2f}x", ha="center", va="bottom"
             )
         ax.set_xticks(places, counts)
         ax.set(xlabel="GPUs", ylabel="milliseconds a step", ylim=(0, 1.15 * max(total)))
@@ -222,12 +225,13 @@ def explore_stages() -> Explorer:
     def draw(stages: int, width: int, batch: int) -> Figure:
         with hardware.other_devices(stages, CLASSROOM.with_(memory=1e9)) as gpus:
             t, peak = _measure_stages(gpus, width, batch)
+        idle = sum(t.idle_fraction(index) for index in range(stages)) / stages
         fits = "fits" if peak <= CLASSROOM.memory else "does not fit"
         figure, ax = style.figure(height=1.6 + 0.3 * stages)
         t.plot(
             ax,
-            title=f"{t.seconds * 1e3:.0f} ms, idle {t.idle_fraction(0):.0%}; with AdamW at most "
-            f"{peak / 1e6:.0f} MB on one GPU, {fits} in 80",
+            title=f"{t.seconds * 1e3:.0f} ms, each idle {idle:.0%}; with AdamW at most "
+            f"{peak / 1e6:.1f} MB on one GPU, {fits} in 80",
         )
         return figure
 
