@@ -199,7 +199,7 @@ def explore_data_parallel() -> Explorer:
         draw,
         batch=choice("batch size", [64, 128, 256, 512, 1024, 2048], 1024),
         width=choice("width", [64, 128, 256, 512], 512),
-        link=choice("link speed, times NVLink", [0.1, 0.5, 1, 2, 10, 100], 1),
+        link=choice("link speed, times this GPU's", [0.1, 0.5, 1, 2, 10, 100], 1),
     )
 
 

@@ -146,6 +146,8 @@ def _code_problems(cell: NotebookNode, count: int) -> list[str]:
     tags = cell.metadata.get("tags", [])
     if cell.execution_count != count:
         found.append(f"execution count is {cell.execution_count} instead of {count}")
+    if cell.source.rstrip().endswith(";"):
+        found.append("ends in a semicolon, which nbval does not see: end in plt.show()")
     lines = len(cell.source.splitlines())
     if lines > LONGEST_CELL:
         found.append(f"has {lines} lines; {LONGEST_CELL} are a screen")

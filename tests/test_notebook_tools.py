@@ -100,6 +100,7 @@ def test_normalise_takes_paths_out_of_tracebacks():
         (code(outputs=[stream("careful", "stderr")]), "stderr"),
         (code(outputs=[new_output("error", ename="ValueError")]), "ValueError without the tag"),
         (code("\n".join(["x = 1"] * 46)), "46 lines"),
+        (code("plot();"), "semicolon"),
     ],
 )
 def test_problems_that_only_an_author_can_mend(cell, problem: str):
