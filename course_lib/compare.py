@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 
@@ -14,7 +15,8 @@ def largest_difference(one: nn.Module, other: nn.Module) -> float:
     ours, theirs = dict(one.named_parameters()), dict(other.named_parameters())
     if {name: p.shape for name, p in ours.items()} != {n: p.shape for n, p in theirs.items()}:
         raise ValueError("the two models have different parameters and cannot be compared")
-    return max(
-        (ours[name].detach().cpu() - theirs[name].detach().cpu()).abs().max().item()
+    differences = [
+        (ours[name].detach().cpu() - theirs[name].detach().cpu()).abs().max().double()
         for name in ours
-    )
+    ]
+    return torch.stack(differences).max().item()  # unlike Python's max, it does not lose a NaN

@@ -33,6 +33,10 @@ def devices(count: int, spec: Spec | None = None) -> list[torch.device]:
     """
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_DEVICES:
         raise ValueError(f"devices(count) takes a whole number from 1 to {MAX_DEVICES}: {count!r}")
+    if spec is not None and not isinstance(spec, Spec):
+        raise TypeError(f"devices(count, spec) takes a Spec, such as A100 / 1000: {spec!r}")
+    if machine.clock.listeners:
+        raise RuntimeError("devices() sets the clock to zero: call it before trace(), not inside")
     real_count = torch.cuda.device_count()
     if _wants_real(count, real_count):
         name = torch.cuda.get_device_name(0)

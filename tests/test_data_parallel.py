@@ -127,3 +127,11 @@ def test_a_collective_refuses_tensors_of_different_shapes() -> None:
 def test_models_of_different_shapes_cannot_be_compared() -> None:
     with pytest.raises(ValueError, match="different parameters"):
         largest_difference(MLP(4, 2), MLP(4, 3))
+
+
+def test_a_model_with_a_nan_is_not_equal_to_one_without() -> None:
+    one, other = MLP(4, 2), MLP(4, 2)
+    other.load_state_dict(one.state_dict())
+    other[0].bias.data[0] = float("nan")
+    difference = largest_difference(one, other)
+    assert difference != difference

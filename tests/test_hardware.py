@@ -169,3 +169,14 @@ def test_every_spec_names_its_source_and_has_sensible_numbers(spec: Spec):
     assert spec.host_bandwidth <= spec.link_bandwidth < spec.memory_bandwidth < 1e13
     assert 1e9 < spec.memory < 1e12
     assert 0 < spec.latency < 1e-4 and 0 < spec.launch_overhead < 1e-4
+
+
+def test_a_spec_that_is_none_is_refused_and_leaves_the_devices_alone(vgpus):
+    with pytest.raises(TypeError, match="takes a Spec"):
+        course_lib.devices(2, "A100")
+    assert (torch.ones(2, device=vgpus[3]) + 1).sum().item() == 4
+
+
+def test_devices_inside_a_trace_are_refused(vgpus):
+    with course_lib.trace(), pytest.raises(RuntimeError, match="before trace"):
+        course_lib.devices(2)

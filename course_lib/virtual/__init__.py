@@ -23,7 +23,8 @@ results here are the CPU's, bit for bit.
 Three things that differ from CUDA in use. ``Module.to`` refuses to move a parameter while an older
 autograd graph holds on to it: move the model before you use it. A random number generator of your
 own (``generator=``) is refused: each device has one, seeded by ``torch.manual_seed``. And
-interrupting a cell (Ctrl-C) while a tensor is being freed can leave its bytes counted as in use.
+interrupting a cell (Ctrl-C) is not always safe: at some moments PyTorch's C++ code cannot bear it
+and ends the process, and while a tensor is being freed its bytes can stay counted as in use.
 
 Rests on these APIs of PyTorch (tried with 2.13), some of them private:
 ``torch.utils.backend_registration._setup_privateuseone_for_python_backend``,

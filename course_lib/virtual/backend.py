@@ -182,10 +182,12 @@ def _prepare_backward() -> None:
         try:
             return run_backward(*args, **kwargs)
         except SystemError:  # the engine failed, and _Guard took its error out
-            error, _failure.error = _failure.error, None
-            if error is None:
+            if _failure.error is None:
                 raise
-        raise error
+        try:
+            raise _failure.error
+        finally:
+            _failure.error = None  # a local name would keep the traceback's tensors alive
 
     torch.autograd._engine_run_backward = run_on_this_thread
 
