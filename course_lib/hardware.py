@@ -60,13 +60,11 @@ def devices(count: int, spec: Spec | None = None) -> list[torch.device]:
 
 @contextmanager
 def other_devices(count: int, spec: Spec | None = None) -> Iterator[list[torch.device]]:
-    """Devices for a measurement that must not disturb the program's own.
+    """Virtual devices for a measurement that must not disturb the program's own.
 
-    Virtual ones are fresh, with empty memories and a clock at zero, and gone after the block.
+    They are fresh, with empty memories and a clock at zero, and gone after the block. Exercises
+    and explorers use them on machines with real GPUs too: what they are held to is simulated.
     """
-    if _wants_real(count, torch.cuda.device_count()):
-        yield [torch.device("cuda", index) for index in range(count)]
-        return
     from course_lib.virtual import backend
 
     backend.register()

@@ -126,8 +126,8 @@ def _fits(side: int, free: int) -> bool:
     """Whether ``free`` bytes hold the matrix; a virtual GPU with so much memory makes it."""
     nbytes = 4 * side * side
     with hardware.other_devices(1, CLASSROOM.with_(memory=free)) as (gpu,):
-        if nbytes > 2 * free or not hardware.is_virtual(gpu):
-            return nbytes <= free  # far too large to try, or a GPU whose memory is what it is
+        if nbytes > 2 * free:
+            return False  # far too large to try
         try:
             torch.empty(side, side, device=gpu)
         except torch.OutOfMemoryError:
