@@ -16,7 +16,7 @@ from course_lib.models import MLP
 
 @check
 def check_flops(block_flops: Callable[[int, int, int], float]) -> Verdict:
-    """Graded against the formula that tests/test_exercises_01.py proves equal to the meter."""
+    """Graded against the formula that tests/test_exercises.py proves equal to the meter."""
     for B, T, D in ((3, 32, 64), (4, 16, 32), (1, 128, 64)):
         linear, attention = 24 * B * T * D * D, 4 * B * T * T * D
         answer, expected = require_number(block_flops(B, T, D)), linear + attention
