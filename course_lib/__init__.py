@@ -5,16 +5,20 @@ did. The rest is in modules named after what they hold.
 """
 
 from course_lib.hardware import (
+    current_stream,
     devices,
+    event,
     host_seconds,
     is_virtual,
     memory_capacity,
     memory_in_use,
     peak_memory,
     reset_peak_memory,
+    stream,
     synchronize,
 )
 from course_lib.timeline import Trace, region, trace
+from course_lib.virtual.hazards import StreamHazard
 from course_lib.virtual.memory import format_bytes
 from course_lib.virtual.spec import A100, CLASSROOM, H100, H200, LAPTOP, Spec
 
@@ -25,8 +29,11 @@ __all__ = [
     "H200",
     "LAPTOP",
     "Spec",
+    "StreamHazard",
     "Trace",
+    "current_stream",
     "devices",
+    "event",
     "format_bytes",
     "host_seconds",
     "is_virtual",
@@ -35,6 +42,7 @@ __all__ = [
     "peak_memory",
     "region",
     "reset_peak_memory",
+    "stream",
     "synchronize",
     "trace",
 ]

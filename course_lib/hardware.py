@@ -9,14 +9,22 @@ from contextlib import contextmanager
 
 import torch
 
+from course_lib.virtual import streams as virtual_streams
 from course_lib.virtual.machine import DEVICE_TYPE, MAX_DEVICES, machine
 from course_lib.virtual.memory import format_bytes
 from course_lib.virtual.spec import CLASSROOM, Spec
 
+# The two kinds have the same methods.
+Stream = torch.cuda.Stream | virtual_streams.Stream
+Event = torch.cuda.Event | virtual_streams.Event
+
 ENVIRONMENT_VARIABLE = "COURSE_DEVICES"
 
+# The real GPUs that devices() gave last; empty when it gave virtual ones.
+real_devices: list[torch.device] = []
 
-def devices(count: int, spec: Spec | None = None) -> list[torch.device]:
+
+def devices(count: int, spec: Spec | None = None, backing: str | None = None) -> list[torch.device]:
     """Get ``count`` GPUs: real ones if the machine has that many, otherwise virtual ones.
 
     The environment variable ``COURSE_DEVICES`` set to ``virtual`` or ``cuda`` forces either.
@@ -26,10 +34,14 @@ def devices(count: int, spec: Spec | None = None) -> list[torch.device]:
         count: how many GPUs.
         spec: what a virtual GPU can do, :data:`course_lib.CLASSROOM` (``A100 / 1000``) if not
             given. Real GPUs are what they are.
+        backing: asks for virtual GPUs, and says where their numbers are: ``"cpu"`` (what they
+            have if nothing is said), ``"meta"`` (nowhere: shapes, memory and time alone, for
+            models of any size) or ``"cuda:0"`` (on a real GPU, which they share).
 
     Raises:
         ValueError: ``count`` is not a whole number from 1 to 1024.
-        RuntimeError: ``COURSE_DEVICES=cuda`` on a machine with fewer GPUs than that.
+        RuntimeError: ``COURSE_DEVICES=cuda`` on a machine with fewer GPUs than that, or a
+            ``backing`` that this machine does not have.
     """
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_DEVICES:
         raise ValueError(f"devices(count) takes a whole number from 1 to {MAX_DEVICES}: {count!r}")
@@ -38,38 +50,55 @@ def devices(count: int, spec: Spec | None = None) -> list[torch.device]:
     if machine.clock.listeners:
         raise RuntimeError("devices() sets the clock to zero: call it before trace(), not inside")
     real_count = torch.cuda.device_count()
-    if _wants_real(count, real_count):
+    real_devices.clear()
+    if backing is None and _wants_real(count, real_count):
+        machine.configure(CLASSROOM, 0)
         name = torch.cuda.get_device_name(0)
         print(
             f"{_plural(count, 'real GPU')}: {_range('cuda', count)} ({name}). Times are measured."
         )
-        return [torch.device("cuda", index) for index in range(count)]
+        real_devices.extend(torch.device("cuda", index) for index in range(count))
+        return list(real_devices)
 
     # Registering the device type changes PyTorch, so it waits until someone needs it.
     from course_lib.virtual import backend
 
     spec = spec or CLASSROOM
+    backing = backing or "cpu"
+    _check_backing(backing, real_count)
     backend.register()
-    machine.configure(spec, count)
+    machine.configure(spec, count, backing)
+    numbers = {"cpu": "", "meta": " They hold no numbers."}.get(
+        backing, f" Their numbers are on {backing}."
+    )
     print(
         f"{_plural(count, 'virtual GPU')}: {_range(DEVICE_TYPE, count)}, each like an {spec.name} "
-        f"with {format_bytes(spec.memory)} of memory. Times are simulated."
+        f"with {format_bytes(spec.memory)} of memory. Times are simulated.{numbers}"
     )
     return [torch.device(DEVICE_TYPE, index) for index in range(count)]
 
 
 @contextmanager
-def other_devices(count: int, spec: Spec | None = None) -> Iterator[list[torch.device]]:
+def other_devices(
+    count: int, spec: Spec | None = None, backing: str = "cpu"
+) -> Iterator[list[torch.device]]:
     """Virtual devices for a measurement that must not disturb the program's own.
 
-    They are fresh, with empty memories and a clock at zero, and gone after the block. Exercises
-    and explorers use them on machines with real GPUs too: what they are held to is simulated.
+    They are fresh, with empty memories and a clock at zero, and gone after the block; the random
+    numbers that the block draws are not missed afterwards. Exercises and explorers use them on
+    machines with real GPUs too: what they are held to is simulated.
     """
     from course_lib.virtual import backend
 
     backend.register()
-    with machine.replaced(spec or CLASSROOM, count):
+    with torch.random.fork_rng(devices=[]), machine.replaced(spec or CLASSROOM, count, backing):
         yield [torch.device(DEVICE_TYPE, index) for index in range(count)]
+
+
+def _check_backing(backing: str, real_count: int) -> None:
+    known = ["cpu", "meta", *(f"cuda:{index}" for index in range(real_count))]
+    if backing not in known:
+        raise RuntimeError(f"backing={backing!r} is not on this machine; it has {known}")
 
 
 def _wants_real(count: int, real_count: int) -> bool:
@@ -97,12 +126,47 @@ def is_virtual(device: torch.device) -> bool:
     return device.type == DEVICE_TYPE
 
 
+def stream(device: torch.device) -> Stream:
+    """A new side stream of ``device``: ``with course_lib.stream(gpu):`` enqueues work there.
+
+    Work on different streams of a device runs at the same time if the device can do both (a copy
+    beside a product), and in no order, until one stream waits for the other. A copy between two
+    devices is enqueued on the current streams of both. On a real GPU it is a
+    ``torch.cuda.Stream``; a virtual one has the same methods.
+    """
+    if is_virtual(device):
+        return machine.clock.new_stream(_virtual_index(device))
+    return torch.cuda.Stream(device)
+
+
+def current_stream(device: torch.device) -> Stream:
+    """The stream of ``device`` that work is enqueued on: the default one, outside of any block."""
+    if is_virtual(device):
+        return machine.clock.current[_virtual_index(device)]
+    return torch.cuda.current_stream(device)
+
+
+def event(device: torch.device) -> Event:
+    """A new event, to ``record`` on a stream of ``device`` and to ``wait`` for on any stream.
+
+    On a real GPU it is a ``torch.cuda.Event`` that keeps the time.
+    """
+    if is_virtual(device):
+        return virtual_streams.Event(machine.clock.streams[_virtual_index(device)][0])
+    return torch.cuda.Event(enable_timing=True)
+
+
+def _virtual_index(device: torch.device) -> int:
+    index = device.index or 0
+    machine.check_index(index)
+    return index
+
+
 def synchronize() -> None:
     """Make the host wait until every GPU has done all its work."""
     machine.synchronize()
-    if torch.cuda.is_initialized():
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.synchronize(index)
+    for gpu in real_devices:
+        torch.cuda.synchronize(gpu)
 
 
 def host_seconds() -> float:

@@ -11,20 +11,20 @@ On virtual GPUs the times are simulated; on real ones the same object is filled 
 from __future__ import annotations
 
 import gc
-import json
-import tempfile
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from course_lib import hardware, style
+from course_lib import hardware, profiler, style
+from course_lib.virtual import hazards
 from course_lib.virtual.clock import Span
+from course_lib.virtual.hazards import Hazard, StreamHazard
 from course_lib.virtual.machine import DEVICE_TYPE, machine
 
 LOOKS = {
@@ -33,6 +33,29 @@ LOOKS = {
     "copy": {"facecolor": style.ORANGE, "edgecolor": "white", "hatch": "////"},
 }
 KIND_NAMES = {"matmul": "matrix products", "other": "other operations", "copy": "copies"}
+
+
+class MemoryHistory:
+    """The bytes in use on one device at each change: pairs of ``(seconds, bytes)``.
+
+    Kept as two arrays, since a long recording has millions of changes.
+    """
+
+    def __init__(self, *changes: tuple[float, int]) -> None:
+        self.seconds = array("d")
+        self.nbytes = array("q")
+        for change in changes:
+            self.append(*change)
+
+    def append(self, seconds: float, nbytes: int) -> None:
+        self.seconds.append(seconds)
+        self.nbytes.append(nbytes)
+
+    def __len__(self) -> int:
+        return len(self.seconds)
+
+    def __getitem__(self, place: int) -> tuple[float, int]:
+        return self.seconds[place], self.nbytes[place]
 
 
 @dataclass
@@ -46,15 +69,17 @@ class Trace:
         memory: for each device, ``(seconds, bytes in use)`` at each change, the seconds being
             those at which the device gets there (virtual GPUs only).
         peak_memory: for each device, the most bytes in use.
+        hazards: the waits between streams that the program lacks (virtual GPUs only).
         seconds: from the start until every device had finished.
     """
 
     device_type: str
     device_count: int
     spans: list[Span] = field(default_factory=list)
-    memory: list[list[tuple[float, int]]] = field(default_factory=list)
+    memory: list[MemoryHistory] = field(default_factory=list)
     peak_memory: list[int] = field(default_factory=list)
     seconds: float = 0.0
+    hazards: list[Hazard] = field(default_factory=list)
 
     @property
     def simulated(self) -> bool:
@@ -80,7 +105,8 @@ class Trace:
         """Seconds in which device ``index`` computed or copied."""
         busy = done = 0.0
         for span in sorted(self.spans, key=lambda span: span.start):
-            if index in _rows(span):  # on a real GPU, spans of one device can overlap
+            if any(index == device for device, _ in span.rows):
+                # Copies and products of one device can overlap.
                 busy += max(0.0, span.end - max(span.start, done))
                 done = max(done, span.end)
         return busy
@@ -105,23 +131,22 @@ class Trace:
     def plot(self, ax: Axes | None = None, title: str = "") -> Axes:
         """Draw the timeline: one row a device, a copy on the rows of both of its ends.
 
-        Devices that did nothing are left out.
+        A side stream has a row of its own. Devices that did nothing are left out.
         """
-        devices = sorted({index for span in self.spans for index in _rows(span)} - {None})
-        ax = ax or style.figure(height=1.6 + 0.4 * len(devices))[1]
+        bars = self._bars()
+        rows = sorted({row for row, _ in bars})
+        ax = ax or style.figure(height=1.6 + 0.4 * len(rows))[1]
         unit, scale = _unit(self.seconds)
-        for kind, look in LOOKS.items():
-            spans = [span for span in self.spans if span.kind == kind]
-            for row, index in enumerate(devices):
-                bars = [
-                    (span.start * scale, (span.end - span.start) * scale)
-                    for span in spans
-                    if index in _rows(span)
-                ]
-                edge = 0.5 if len(self.spans) < 200 else 0  # too many edges would hide the bars
-                ax.broken_barh(bars, (row - 0.36, 0.72), linewidth=edge, **look)
-        ax.set_yticks(range(len(devices)), [self._name(index) for index in devices])
-        ax.set_ylim(len(devices) - 0.4, -0.6)
+        are_few = len(self.spans) < 200
+        for (row, kind), (starts, ends) in sorted(bars.items()):
+            if not are_few:
+                starts, ends = _merge(starts, ends, gap=self.seconds / 4000)
+            stretches = np.column_stack([starts, ends - starts]) * scale
+            edge = 0.5 if are_few else 0  # too many edges would hide the bars
+            place = (rows.index(row) - 0.36, 0.72)
+            ax.broken_barh(stretches, place, linewidth=edge, **LOOKS[kind])
+        ax.set_yticks(range(len(rows)), [self._row_name(*row) for row in rows])
+        ax.set_ylim(len(rows) - 0.4, -0.6)
         ax.set_xlim(0, max(self.seconds * scale, 1e-12))
         ax.set_xlabel(unit)
         ax.set_title(f"{title or 'Timeline'} ({self._provenance})")
@@ -130,14 +155,39 @@ class Trace:
             ax.figure.legend(handles=handles, loc="outside lower right", ncols=3)
         return ax
 
+    def _bars(self) -> dict[tuple[tuple[int, str], str], tuple[np.ndarray, np.ndarray]]:
+        """Starts and ends of the spans of each row and kind, in seconds."""
+        times: dict[tuple, list[float]] = defaultdict(list)
+        for span in self.spans:
+            if span.route is None:  # nearly all: a million of them must not take long
+                key = (span.device, span.streams[0]), "matmul" if span.flops else "other"
+                times[key] += (span.start, span.end)
+            else:
+                for row in span.rows:
+                    times[row, "copy"] += (span.start, span.end)
+        return {key: np.array(pairs).reshape(-1, 2).T for key, pairs in times.items()}
+
+    def _row_name(self, index: int, stream: str) -> str:
+        return f"{self._name(index)} {stream}".strip()
+
     def plot_memory(self, ax: Axes | None = None, title: str = "") -> Axes:
-        """Draw the bytes in use on each device, as the device goes through its work."""
+        """Draw the bytes in use on each device, as the device goes through its work.
+
+        On real GPUs it says that they are not recorded: a lesson goes on.
+        """
         ax = ax or style.figure()[1]
+        if not self.simulated:
+            text = "Memory over time is recorded on virtual GPUs only; peak_memory has the most."
+            ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center")
+            ax.set_axis_off()
+            ax.set_title(f"{title or 'Memory'} ({self._provenance})")
+            return ax
         unit, scale = _unit(self.seconds)
-        for index, events in enumerate(self.memory):
-            times = [seconds * scale for seconds, _ in events]
-            megabytes = [nbytes / 1e6 for _, nbytes in events]
-            ax.step(times, megabytes, where="post", label=self._name(index))
+        for index, history in enumerate(self.memory):
+            times, nbytes = np.array(history.seconds), np.array(history.nbytes)
+            if len(times) > 10_000:
+                times, nbytes = _extremes(times, nbytes, bins=4000)
+            ax.step(times * scale, nbytes / 1e6, where="post", label=self._name(index))
         ax.set_xlabel(unit)
         ax.set_ylabel("MB in use")
         ax.set_ylim(bottom=0)
@@ -154,15 +204,31 @@ class Trace:
         return "host" if index is None else f"{self.device_type}:{index}"
 
     def __repr__(self) -> str:
+        hazards = f", {len(self.hazards)} missing wait(s)" if self.hazards else ""
         return (
             f"<trace of {self.device_count} device(s): {len(self.spans)} spans, "
-            f"{self.seconds * 1e3:.3f} ms {self._provenance}>"
+            f"{self.seconds * 1e3:.3f} ms {self._provenance}{hazards}>"
         )
 
 
-def _rows(span: Span) -> tuple[int | None, ...]:
-    """The devices that a span keeps busy."""
-    return (span.device,) if span.route is None else span.route
+def _merge(starts: np.ndarray, ends: np.ndarray, gap: float) -> tuple[np.ndarray, np.ndarray]:
+    """Draw as one what is so close together that no eye could tell."""
+    order = np.argsort(starts, kind="stable")
+    starts, ends = starts[order], ends[order]
+    is_first = np.ones(len(starts), bool)
+    is_first[1:] = starts[1:] - np.maximum.accumulate(ends)[:-1] > gap
+    return starts[is_first], np.maximum.reduceat(ends, np.flatnonzero(is_first))
+
+
+def _extremes(times: np.ndarray, values: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """The smallest and the largest of ``values`` in each of many stretches of time."""
+    order = np.argsort(times, kind="stable")
+    times, values = times[order], values[order]
+    edges = np.unique(np.searchsorted(times, np.linspace(times[0], times[-1], bins)))
+    pairs = np.column_stack(
+        [np.minimum.reduceat(values, edges), np.maximum.reduceat(values, edges)]
+    )
+    return np.repeat(times[edges], 2), pairs.ravel()
 
 
 def _unit(seconds: float) -> tuple[str, float]:
@@ -174,11 +240,22 @@ def _unit(seconds: float) -> tuple[str, float]:
 
 
 @contextmanager
-def trace() -> Iterator[Trace]:
-    """Record what the GPUs do in the block; the recording is complete when the block ends."""
+def trace(strict: bool = False) -> Iterator[Trace]:
+    """Record what the GPUs do in the block; the recording is complete when the block ends.
+
+    Args:
+        strict: raise a :class:`~course_lib.StreamHazard` at the first operation that does not
+            wait for another stream as it should, where otherwise it is noted in ``hazards``
+            (virtual GPUs only).
+
+    Raises:
+        RuntimeError: there are no devices yet.
+    """
+    if not machine.device_count and not hardware.real_devices:
+        raise RuntimeError("there is nothing to record yet: call course_lib.devices(4) first")
     gc.collect()  # peak memory must not depend on when Python last looked for garbage
     hardware.synchronize()
-    recording = _trace_virtual() if machine.device_count else _trace_real()
+    recording = _trace_virtual(strict) if machine.device_count else _trace_real()
     with recording as result:
         yield result
 
@@ -189,14 +266,14 @@ def region(name: str) -> Iterator[None]:
     clock = machine.clock
     outer, clock.region = clock.region, name
     try:
-        with torch.profiler.record_function(name):
+        with profiler.annotate(name):
             yield
     finally:
         clock.region = outer
 
 
 @contextmanager
-def _trace_virtual() -> Iterator[Trace]:
+def _trace_virtual(strict: bool) -> Iterator[Trace]:
     clock, count = machine.clock, machine.device_count
     result = Trace(DEVICE_TYPE, count)
     began = clock.host
@@ -206,90 +283,50 @@ def _trace_virtual() -> Iterator[Trace]:
         span.end -= began
         result.spans.append(span)
 
-    def watch(index: int, events: list[tuple[float, int]]) -> Callable[[int], None]:
-        def add_event(nbytes: int) -> None:
+    def add_hazard(hazard: Hazard) -> None:
+        result.hazards.append(hazard)
+        if strict:
+            raise StreamHazard(str(hazard))
+
+    def watch(index: int, history: MemoryHistory) -> Callable[[int], None]:
+        def add_change(nbytes: int) -> None:
             # The host reserves memory when it enqueues an operation, often long before the
             # device gets there. Drawn at the host's time, all would stand at the left edge.
-            events.append((max(clock.host, clock.free_at[index]) - began, nbytes))
+            history.append(max(clock.host, clock.current[index].free_at) - began, nbytes)
 
-        return add_event
+        return add_change
 
     listeners = []
     for index, memory in enumerate(machine.memories[:count]):
-        events = [(0.0, memory.in_use)]
-        listeners.append(watch(index, events))
+        history = MemoryHistory((0.0, memory.in_use))
+        listeners.append(watch(index, history))
         memory.listeners.append(listeners[-1])
-        result.memory.append(events)
+        result.memory.append(history)
     clock.listeners.append(add_span)
+    hazards.listeners.append(add_hazard)
     try:
         yield result
     finally:
         machine.synchronize()
         clock.listeners.remove(add_span)
+        hazards.listeners.remove(add_hazard)
         for memory, listener in zip(machine.memories, listeners, strict=False):
             memory.listeners.remove(listener)
         result.seconds = clock.host - began
-        for events in result.memory:
-            events.append((result.seconds, events[-1][1]))
-            result.peak_memory.append(max(nbytes for _, nbytes in events))
+        for history in result.memory:
+            history.append(result.seconds, history.nbytes[-1])
+            result.peak_memory.append(max(history.nbytes))
 
 
 @contextmanager
 def _trace_real() -> Iterator[Trace]:
-    count = torch.cuda.device_count()
-    result = Trace("cuda", count)
-    for index in range(count):
-        torch.cuda.reset_peak_memory_stats(index)
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        yield result
-        hardware.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        result.spans = spans_from_profiler(json.loads(path.read_text())["traceEvents"])
-    result.seconds = max((span.end for span in result.spans), default=0.0)
-    result.peak_memory = [torch.cuda.max_memory_allocated(index) for index in range(count)]
-
-
-def spans_from_profiler(events: list[dict]) -> list[Span]:
-    """Spans from the events of a ``torch.profiler`` trace of CUDA devices.
-
-    A kernel counts as a matrix product by its name, since a profiler knows no FLOPs: the
-    libraries that compute them use the words in ``_PRODUCT_NAMES``.
-    """
-    work = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    if not work:
-        return []
-    began = min(event["ts"] for event in work)
-    return [_span_from_event(event, began) for event in sorted(work, key=lambda e: e["ts"])]
-
-
-_PRODUCT_NAMES = ("gemm", "gemv", "cutlass", "nvjet", "conv", "flash")
-
-
-def _span_from_event(event: dict, began: float) -> Span:
-    start = (event["ts"] - began) * 1e-6
-    details = event.get("args", {})
-    name = event["name"]
-    device = int(details.get("device", details.get("fromDevice", 0)))  # peer copies have no device
-    route = None
-    if event["cat"] == "gpu_memcpy":
-        sender = int(details.get("fromDevice", device))
-        receiver = int(details.get("toDevice", device))
-        if "HtoD" in name:
-            route = (None, device)
-        elif "DtoH" in name:
-            route = (device, None)
-        elif sender != receiver:
-            route = (sender, receiver)
-    is_product = any(word in name.lower() for word in _PRODUCT_NAMES)
-    return Span(
-        name=name,
-        device=device,
-        start=start,
-        end=start + event["dur"] * 1e-6,
-        flops=1.0 if is_product else 0.0,
-        bytes=int(details.get("bytes", 0)),
-        route=route,
-    )
+    gpus = hardware.real_devices
+    result = Trace("cuda", len(gpus))
+    for gpu in gpus:
+        hardware.reset_peak_memory(gpu)
+    try:
+        with profiler.record_spans(result.spans, gpus):
+            yield result
+    finally:
+        result.seconds = max((span.end for span in result.spans), default=0.0)
+        result.peak_memory = [hardware.peak_memory(gpu) for gpu in gpus]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import course_lib
+from round_numbers import SPEC
 
 matplotlib.use("agg")
 torch.set_num_threads(1)  # the tensors are tiny, and pytest-xdist already uses the cores
@@ -31,3 +32,9 @@ def vgpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
         course_lib.reset_peak_memory(device)
     torch.manual_seed(0)
     return devices
+
+
+@pytest.fixture
+def gpus(vgpus: list[torch.device]) -> list[torch.device]:
+    """Four GPUs whose times can be worked out in the head."""
+    return course_lib.devices(4, SPEC)

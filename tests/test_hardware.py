@@ -142,7 +142,7 @@ def test_a_gpu_divided_by_a_constant_keeps_its_latencies_and_proportions():
     assert CLASSROOM.memory == 80e6
 
 
-@pytest.mark.parametrize("factor", [0, -2])
+@pytest.mark.parametrize("factor", [0, -2, float("nan"), float("inf"), "2"])
 def test_a_gpu_cannot_be_divided_by_nothing(factor: float):
     with pytest.raises(ValueError, match="only be divided by a positive number"):
         A100 / factor
@@ -153,8 +153,49 @@ def test_some_numbers_of_a_gpu_can_be_changed():
     assert small.memory == 40e9
     assert small.link_bandwidth == A100.link_bandwidth
     assert small.name != A100.name
-    with pytest.raises(TypeError):
-        A100.with_(colour=3)
+    assert A100.with_(name="mine").name == "mine"
+
+
+def test_a_field_that_a_gpu_does_not_have_is_named_beside_those_that_it_has():
+    with pytest.raises(TypeError) as caught:
+        A100.with_(memory=1e9, colour=3)
+    assert str(caught.value) == (
+        "a Spec has no 'colour'; it has name, flops, memory, memory_bandwidth, link_bandwidth, "
+        "host_bandwidth, source, latency, launch_overhead"
+    )
+
+
+@pytest.mark.parametrize(
+    "field", ["memory", "memory_bandwidth", "link_bandwidth", "host_bandwidth"]
+)
+@pytest.mark.parametrize("number", [0, -1.0, float("nan"), float("inf"), "80", None, True])
+def test_a_size_or_speed_that_is_no_number_above_zero_is_refused(field: str, number: object):
+    with pytest.raises(ValueError) as caught:
+        A100.with_(**{field: number})
+    assert str(caught.value) == f"{field} of a Spec is a finite number above 0, not {number!r}"
+
+
+@pytest.mark.parametrize("field", ["latency", "launch_overhead"])
+def test_a_latency_may_be_zero_and_not_less(field: str):
+    assert getattr(A100.with_(**{field: 0}), field) == 0
+    for number in (-1e-6, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=rf"^{field} of a Spec is a finite number, 0 or above"):
+            A100.with_(**{field: number})
+
+
+@pytest.mark.parametrize("rate", [0, -1.0, float("nan"), None])
+def test_a_rate_that_is_no_number_above_zero_is_refused_with_its_dtype(rate: object):
+    with pytest.raises(ValueError, match=r"^flops\[torch.bfloat16\] of a Spec is a finite number"):
+        A100.with_(flops={torch.float32: 1e12, torch.bfloat16: rate})
+
+
+@pytest.mark.parametrize("flops", [{}, {torch.bfloat16: 1e12}, {"float32": 1e12}, 19.5e12, None])
+def test_a_gpu_without_a_rate_for_float32_is_refused(flops: object):
+    with pytest.raises(
+        ValueError, match=r"a rate for each dtype, torch.float32 at least"
+    ) as caught:
+        A100.with_(flops=flops)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_dtype_without_a_rate_runs_at_that_of_float32():
@@ -165,7 +206,7 @@ def test_a_dtype_without_a_rate_runs_at_that_of_float32():
 @pytest.mark.parametrize("spec", [A100, H100, H200, LAPTOP], ids=lambda spec: spec.name)
 def test_every_spec_names_its_source_and_has_sensible_numbers(spec: Spec):
     assert spec.source
-    assert spec.flops[torch.float64] < spec.flops[torch.float32] <= spec.flops[torch.bfloat16]
+    assert spec.flops[torch.float64] <= spec.flops[torch.float32] < spec.flops[torch.bfloat16]
     assert spec.host_bandwidth <= spec.link_bandwidth < spec.memory_bandwidth < 1e13
     assert 1e9 < spec.memory < 1e12
     assert 0 < spec.latency < 1e-4 and 0 < spec.launch_overhead < 1e-4

@@ -14,7 +14,7 @@ from matplotlib.colors import same_color
 
 import course_lib
 from course_lib import Trace
-from course_lib.timeline import LOOKS, spans_from_profiler
+from course_lib.timeline import LOOKS
 from course_lib.virtual.clock import Span
 
 Devices = list[torch.device]
@@ -307,6 +307,15 @@ def test_memory_is_drawn_in_megabytes_over_time():
     assert "MB" in ax.get_ylabel()
 
 
+def test_memory_over_time_of_real_gpus_is_said_not_to_be_recorded():
+    ax = Trace("cuda", 2, peak_memory=[5, 6], seconds=1.0).plot_memory()
+    (line,) = ax.texts
+    assert line.get_text() == (
+        "Memory over time is recorded on virtual GPUs only; peak_memory has the most."
+    )
+    assert not ax.get_lines() and not ax.axison
+
+
 def test_a_real_program_is_drawn_with_a_copy_on_both_rows(vgpus: Devices):
     x = torch.ones(300, 300, device=vgpus[0])
     with course_lib.trace() as recording:
@@ -319,125 +328,3 @@ def test_a_real_program_is_drawn_with_a_copy_on_both_rows(vgpus: Devices):
     assert [len(bars_of(ax, row)) for row in range(4)] == [2, 1, 0, 0]
     assert bars_of(ax, 0, "copy") == [expected] == bars_of(ax, 1, "copy")
     assert bars_of(ax, 0, "matmul")[0][1] == pytest.approx(product.end * scale)
-
-
-# From the profiler of real GPUs.
-
-EVENTS = [
-    {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "python"}},
-    {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 1000.0, "dur": 90.0, "args": {}},
-    {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 1001.0, "dur": 3.0},
-    {
-        "ph": "X",
-        "cat": "kernel",
-        "name": "ampere_sgemm_128x64_nn",
-        "ts": 1050.0,
-        "dur": 20.0,
-        "pid": 1,
-        "tid": 7,
-        "args": {"device": 1, "context": 1, "stream": 7, "grid": [8, 8, 1]},
-    },
-    {
-        "ph": "X",
-        "cat": "gpu_memcpy",
-        "name": "Memcpy HtoD (Pageable -> Device)",
-        "ts": 1010.0,
-        "dur": 4.0,
-        "args": {"device": 0, "stream": 7, "bytes": 4096, "memory bandwidth (GB/s)": 1.0},
-    },
-    {
-        "ph": "X",
-        "cat": "kernel",
-        "name": "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>",
-        "ts": 1020.0,
-        "dur": 2.0,
-        "args": {"device": 0, "stream": 7},
-    },
-    {
-        "ph": "X",
-        "cat": "gpu_memcpy",
-        "name": "Memcpy PtoP (Device -> Device)",
-        "ts": 1030.0,
-        "dur": 5.0,
-        "args": {"fromDevice": 1, "inDevice": 1, "toDevice": 0, "stream": 7, "bytes": 8192},
-    },
-    {
-        "ph": "X",
-        "cat": "gpu_memcpy",
-        "name": "Memcpy DtoD (Device -> Device)",
-        "ts": 1040.0,
-        "dur": 1.0,
-        "args": {"device": 1, "stream": 7, "bytes": 512},
-    },
-    {
-        "ph": "X",
-        "cat": "gpu_memset",
-        "name": "Memset (Device)",
-        "ts": 1045.0,
-        "dur": 1.0,
-        "args": {"device": 1, "stream": 7, "bytes": 64},
-    },
-    {
-        "ph": "X",
-        "cat": "gpu_memcpy",
-        "name": "Memcpy DtoH (Device -> Pageable)",
-        "ts": 1080.0,
-        "dur": 6.0,
-        "args": {"device": 1, "stream": 7, "bytes": 16},
-    },
-]
-
-
-def test_spans_from_a_profile_are_those_of_the_devices_in_order():
-    spans = spans_from_profiler(EVENTS)
-    assert [(span.device, span.kind) for span in spans] == [
-        (0, "copy"),
-        (0, "other"),
-        (1, "copy"),
-        (1, "other"),
-        (1, "other"),
-        (1, "matmul"),
-        (1, "copy"),
-    ]
-    assert [round(span.start * 1e6) for span in spans] == [0, 10, 20, 30, 35, 40, 70]
-    assert [round((span.end - span.start) * 1e6) for span in spans] == [4, 2, 5, 1, 1, 20, 6]
-
-
-def test_a_profile_tells_from_where_to_where_bytes_were_copied():
-    recording = Trace("cuda", 2, spans_from_profiler(EVENTS), seconds=76e-6)
-    assert recording.bytes_moved == {
-        ("host", "cuda:0"): 4096,
-        ("cuda:1", "cuda:0"): 8192,
-        ("cuda:1", "host"): 16,
-    }
-    assert recording.bytes_between_devices == 8192
-    assert recording.busy_seconds(0) == pytest.approx(11e-6)
-    assert recording.busy_seconds(1) == pytest.approx(33e-6)
-
-
-def test_a_profile_is_drawn_as_measured():
-    ax = Trace("cuda", 2, spans_from_profiler(EVENTS), seconds=76e-6).plot()
-    assert "measured" in title_of(ax)
-    assert bars_of(ax, 1, "matmul") == [(40, 60)]
-    assert bars_of(ax, 1, "copy") == [(20, 25), (70, 76)]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64",
-        "void cutlass::Kernel2<cutlass_80_tensorop_s1688gemm_256x128>",
-        "void cudnn::cnn::conv2d_grouped_direct_kernel",
-        "pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits>",
-        "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT",
-        "void gemmk1_kernel<int, float>",
-    ],
-)
-def test_kernels_of_matrix_products_are_known_by_their_names(name: str):
-    event = {"cat": "kernel", "name": name, "ts": 0.0, "dur": 1.0, "args": {"device": 0}}
-    assert spans_from_profiler([event])[0].kind == "matmul"
-
-
-def test_a_profile_without_gpu_work_has_no_spans():
-    assert spans_from_profiler(EVENTS[:3]) == []
-    assert spans_from_profiler([]) == []

@@ -11,39 +11,10 @@ import torch
 from torch.nn import functional as F
 
 import course_lib
-from course_lib import Spec
 from course_lib.virtual.clock import Clock, Span
+from round_numbers import LATENCY, LAUNCH, SPEC, seconds, spans_of
 
-# Round numbers, so that every time below can be worked out in the head.
-SPEC = Spec(
-    name="test GPU",
-    flops={torch.float32: 1e9, torch.bfloat16: 4e9},
-    memory=1e9,
-    memory_bandwidth=1e8,
-    link_bandwidth=1e7,
-    host_bandwidth=5e6,
-    source="made up",
-    latency=1e-3,
-    launch_overhead=1e-5,
-)
-LAUNCH, LATENCY = SPEC.launch_overhead, SPEC.latency
 Devices = list[torch.device]
-
-
-@pytest.fixture
-def gpus(vgpus: Devices) -> Devices:
-    """Four of the GPUs above, their clock at zero."""
-    return course_lib.devices(4, SPEC)
-
-
-def seconds(expected: float) -> object:
-    return pytest.approx(expected, rel=1e-9)
-
-
-def spans_of(program) -> list[Span]:
-    with course_lib.trace() as recording:
-        program()
-    return recording.spans
 
 
 # What one operation takes.
@@ -306,6 +277,48 @@ def test_the_same_program_takes_the_same_time_again(vgpus: Devices):
     assert run() == run()
 
 
+# Whole programs take what their formula says.
+
+
+def test_a_chain_of_products_takes_one_launch_and_its_flops(gpus: Devices):
+    x = torch.ones(100, 100, device=gpus[0])
+
+    def program():
+        y = x
+        for _ in range(50):
+            y = y @ x
+
+    assert spans_of(program)[-1].end == seconds(LAUNCH + 50 * 2 * 100**3 / 1e9)
+
+
+def test_a_naive_split_takes_the_sum_of_its_stages_and_of_its_copies(gpus: Devices):
+    weights = [torch.ones(100, 100, device=gpu) for gpu in gpus]
+
+    def program():
+        y = weights[0]
+        for weight in weights:
+            y = y.to(weight.device) @ weight
+
+    product, copy = 2 * 100**3 / 1e9, LATENCY + 40_000 / 1e7
+    assert spans_of(program)[-1].end == seconds(LAUNCH + 4 * product + 3 * copy)
+
+
+@pytest.mark.parametrize("microbatches", [1, 4, 9])
+def test_a_saturated_pipeline_takes_m_and_p_minus_1_steps(vgpus: Devices, microbatches: int):
+    free = {"latency": 0.0, "link_bandwidth": 1e30, "launch_overhead": 0.0}
+    gpus = course_lib.devices(4, SPEC.with_(**free))
+    weights = [torch.ones(100, 100, device=gpu) for gpu in gpus]
+
+    def program():
+        for _ in range(microbatches):
+            y = weights[0]
+            for weight in weights:
+                y = y.to(weight.device) @ weight
+
+    product = 2 * 100**3 / 1e9
+    assert spans_of(program)[-1].end == seconds((microbatches + 4 - 1) * product)
+
+
 # The clock alone.
 
 
@@ -313,10 +326,11 @@ def test_the_clock_by_itself():
     clock = Clock(SPEC, 2)
     clock.compute("mm", 0, flops=1e9, nbytes=8, peak=1e9)
     assert clock.host == seconds(LAUNCH)
-    assert clock.free_at == [seconds(LAUNCH + 1), 0]
+    assert [stream.free_at for stream in clock.current] == [seconds(LAUNCH + 1), 0]
     clock.copy(0, 1, 10_000_000)
-    assert clock.free_at == [seconds(LAUNCH + 1 + LATENCY + 1)] * 2
-    clock.wait(1)
+    both = [seconds(LAUNCH + 1 + LATENCY + 1)] * 2
+    assert [stream.free_at for stream in clock.current] == both
+    clock.synchronize(1)
     assert clock.host == seconds(LAUNCH + 1 + LATENCY + 1)
-    clock.wait(0)
+    clock.synchronize(0)
     assert clock.host == seconds(LAUNCH + 1 + LATENCY + 1)

@@ -66,8 +66,7 @@ _FORMULAS = {
 def bytes_formula(func: torch._ops.OpOverload) -> Callable[[list, list], int]:
     """How many bytes a call of ``func`` reads from and writes to the device's memory.
 
-    The formula takes the virtual tensors among the operator's arguments, and the plain tensors
-    that it wrote.
+    The formula takes the virtual tensors among the operator's arguments, and those that it wrote.
     """
     packet = func._overloadpacket
     if packet in _READS_NOTHING:
@@ -82,7 +81,7 @@ def _read_and_written(inputs: list, written: list) -> int:
     for tensor in inputs:
         total += tensor.inner.nbytes
     for tensor in written:
-        total += tensor.nbytes
+        total += tensor.inner.nbytes
     return total
 
 

@@ -9,9 +9,8 @@ import torch
 
 from course_lib.virtual.clock import Clock
 from course_lib.virtual.memory import Memory
-from course_lib.virtual.spec import CLASSROOM, Spec
+from course_lib.virtual.spec import CLASSROOM, DEVICE_TYPE, Spec
 
-DEVICE_TYPE = "vgpu"
 MAX_DEVICES = 1024
 
 
@@ -21,37 +20,50 @@ class Machine:
     def __init__(self) -> None:
         self.memories: list[Memory] = []
         self.generators: list[torch.Generator] = []
+        self.clock = Clock(CLASSROOM, 0)
         self.configure(CLASSROOM, 0)
 
-    def configure(self, spec: Spec, device_count: int) -> None:
+    def configure(self, spec: Spec, device_count: int, backing: str = "cpu") -> None:
         """Put ``device_count`` GPUs of kind ``spec`` into the machine, and set its clock to zero.
 
         Tensors that live on a device stay there and keep their bytes.
+
+        Args:
+            backing: where the numbers are: ``"cpu"``, ``"cuda:0"`` (on a real GPU) or ``"meta"``
+                (there are none: shapes, memory and time alone).
         """
         self.spec = spec
         self.device_count = device_count
-        self.current_device = 0
-        self.clock = Clock(spec, device_count)
+        self.backing = torch.device(backing)
         for index in range(len(self.memories), device_count):
             self.memories.append(Memory(f"{DEVICE_TYPE}:{index}", spec.memory))
             # As if torch.manual_seed had been called after this device came to be.
             self.generators.append(torch.Generator().manual_seed(torch.initial_seed()))
         for memory in self.memories:
             memory.capacity = spec.memory
+        self.clock.ended = True
+        # Devices that are gone keep a place, for the tensors that are still there.
+        self.clock = Clock(spec, len(self.memories))
 
     @contextmanager
-    def replaced(self, spec: Spec, device_count: int) -> Iterator[None]:
+    def replaced(self, spec: Spec, device_count: int, backing: str = "cpu") -> Iterator[None]:
         """Put other GPUs in the machine for a while, with empty memories and a clock at zero.
 
         Afterwards everything is as it was. Tensors made before must not be used meanwhile.
         """
         before = dict(self.__dict__)
         self.__init__()
-        self.configure(spec, device_count)
+        self.configure(spec, device_count, backing)
         try:
             yield
         finally:
             self.__dict__.update(before)
+
+    def standard_generator(self) -> torch.Generator:
+        """The generator that operators use when they are given none."""
+        if self.backing.type == "cuda":
+            return torch.cuda.default_generators[self.backing.index]
+        return torch.default_generator
 
     def check_index(self, index: int) -> None:
         """Raise a clear error when there is no device of that index."""
@@ -69,7 +81,7 @@ class Machine:
     def synchronize(self) -> None:
         """Make the host wait for every device."""
         for index in range(self.device_count):
-            self.clock.wait(index)
+            self.clock.synchronize(index)
 
 
 machine = Machine()

@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 import torch
 
+from course_lib.virtual.hazards import Access
+from course_lib.virtual.streams import Ticket
+
 
 class Memory:
     """The memory of one device: how much it has, how much is in use, and the most there was."""
@@ -54,13 +57,20 @@ class Allocation:
     """One piece of device memory; every tensor that views it holds this object.
 
     Python destroys it with the last of those tensors, and the bytes are free again.
+
+    Attributes:
+        memory, nbytes: where, and how much.
+        writer: the last operation that wrote it before there were side streams.
+        accesses: who read and wrote which part of it lately, since there are (see ``hazards``).
     """
 
-    __slots__ = ("memory", "nbytes")
+    __slots__ = ("accesses", "memory", "nbytes", "writer")
 
     def __init__(self, memory: Memory, nbytes: int) -> None:
         self.memory = memory
         self.nbytes = nbytes
+        self.writer: Ticket | None = None
+        self.accesses: list[Access] | None = None
 
     def __del__(self) -> None:
         memory = self.memory

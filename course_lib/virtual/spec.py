@@ -9,10 +9,14 @@ takes as long.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from numbers import Real
 
 import torch
+
+DEVICE_TYPE = "vgpu"  # "vgpu:1" is to a virtual GPU what "cuda:1" is to a real one
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,10 @@ class Spec:
         latency: seconds from the start of a copy until its first byte arrives.
         launch_overhead: seconds the host needs to enqueue one operation.
         source: where the numbers come from.
+
+    Raises:
+        ValueError: a number is not finite and above zero (the two latencies may be zero), or there
+            is no rate for float32.
     """
 
     name: str
@@ -42,9 +50,26 @@ class Spec:
     latency: float = 2.5e-6
     launch_overhead: float = 5e-6
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.flops, Mapping) or torch.float32 not in self.flops:
+            raise ValueError(
+                "flops of a Spec are a rate for each dtype, torch.float32 at least, as in "
+                f"{{torch.float32: 19.5e12}}: {self.flops!r}"
+            )
+        positive = {f"flops[{dtype}]": rate for dtype, rate in self.flops.items()}
+        for name in ("memory", "memory_bandwidth", "link_bandwidth", "host_bandwidth"):
+            positive[name] = getattr(self, name)
+        for name, number in positive.items():
+            if not (_is_finite(number) and number > 0):
+                raise ValueError(f"{name} of a Spec is a finite number above 0, not {number!r}")
+        for name in ("latency", "launch_overhead"):
+            number = getattr(self, name)
+            if not (_is_finite(number) and number >= 0):
+                raise ValueError(f"{name} of a Spec is a finite number, 0 or above, not {number!r}")
+
     def __truediv__(self, factor: float) -> Spec:
         """A GPU ``factor`` times smaller and slower; latencies stay."""
-        if not factor > 0:
+        if not (_is_finite(factor) and factor > 0):
             raise ValueError(f"a GPU can only be divided by a positive number, not by {factor}")
         return replace(
             self,
@@ -56,22 +81,39 @@ class Spec:
             host_bandwidth=self.host_bandwidth / factor,
         )
 
-    def with_(self, **changes: float) -> Spec:
-        """The same GPU with some numbers changed, as in ``A100.with_(memory=40e9)``."""
-        return replace(self, name=f"{self.name} (changed)", **changes)
+    def with_(self, **changes: object) -> Spec:
+        """The same GPU with some fields changed, as in ``A100.with_(memory=40e9)``."""
+        names = [field.name for field in fields(self)]
+        if unknown := [name for name in changes if name not in names]:
+            raise TypeError(f"a Spec has no {unknown[0]!r}; it has {', '.join(names)}")
+        return replace(self, **{"name": f"{self.name} (changed)", **changes})
 
     def peak_flops(self, dtype: torch.dtype) -> float:
         """Peak FLOP/s of a matrix product in ``dtype``."""
         return self.flops.get(dtype, self.flops[torch.float32])
 
 
-# Latency and launch overhead are in no data sheet. 2.5 us and 5 us are what CUDA's
-# p2pBandwidthLatencyTest and an empty PyTorch kernel launch commonly show.
+def _is_finite(number: object) -> bool:
+    return isinstance(number, Real) and not isinstance(number, bool) and math.isfinite(number)
+
+
+# Latency and launch overhead are in no data sheet: the two defaults are estimates, in round
+# numbers, for all of them.
+#
+# * latency, 2.5 us: NVIDIA's p2pBandwidthLatencyTest shows 1.8 to 2.3 us between GPUs with NVLink
+#   (github.com/NVIDIA/cuda-samples, issue 230), for a tiny copy.
+# * launch_overhead, 5 us: the few microseconds that PyTorch's eager mode needs at the least, from a
+#   Python call to a launched kernel. An operator that records for autograd can need several times
+#   that; so can a slow host.
+#
+# Of the peaks, a matrix product is meant: on tensor cores where the dtype has them, without
+# sparsity, and float32 without TF32, as PyTorch's default is. NVIDIA states a link's two directions
+# together; half of that is one.
 
 A100 = Spec(
     name="A100",
     flops={
-        torch.float64: 9.7e12,
+        torch.float64: 19.5e12,
         torch.float32: 19.5e12,
         torch.bfloat16: 312e12,
         torch.float16: 312e12,
@@ -80,13 +122,15 @@ A100 = Spec(
     memory_bandwidth=2.039e12,
     link_bandwidth=300e9,
     host_bandwidth=32e9,
-    source="NVIDIA A100 data sheet, SXM4 80 GB: NVLink 600 GB/s and PCIe 64 GB/s both ways",
+    source="NVIDIA A100 Tensor Core GPU data sheet, column A100 80GB SXM: FP64 Tensor Core 19.5, "
+    "FP32 19.5, BFLOAT16 and FP16 Tensor Core 312 TFLOPS; 80GB at 2,039 GB/s; NVLink 600 GB/s, "
+    "PCIe Gen4 64 GB/s",
 )
 
 H100 = Spec(
     name="H100",
     flops={
-        torch.float64: 34e12,
+        torch.float64: 67e12,
         torch.float32: 67e12,
         torch.bfloat16: 989e12,
         torch.float16: 989e12,
@@ -95,7 +139,9 @@ H100 = Spec(
     memory_bandwidth=3.35e12,
     link_bandwidth=450e9,
     host_bandwidth=64e9,
-    source="NVIDIA H100 data sheet, SXM5, dense: NVLink 900 GB/s and PCIe 128 GB/s both ways",
+    source="NVIDIA H100 Tensor Core GPU data sheet, column H100 SXM: FP64 Tensor Core 67, FP32 67, "
+    "BFLOAT16 and FP16 Tensor Core 1,979 teraFLOPS with sparsity, half of it without; 80GB at "
+    "3.35TB/s; NVLink 900GB/s, PCIe Gen5 128GB/s",
 )
 
 H200 = replace(
@@ -103,7 +149,8 @@ H200 = replace(
     name="H200",
     memory=141e9,
     memory_bandwidth=4.8e12,
-    source="NVIDIA H200 data sheet, SXM, dense: NVLink 900 GB/s and PCIe 128 GB/s both ways",
+    source="NVIDIA H200 Tensor Core GPU data sheet, column H200 SXM: an H100 SXM with 141GB at "
+    "4.8TB/s",
 )
 
 LAPTOP = Spec(
@@ -118,9 +165,10 @@ LAPTOP = Spec(
     memory_bandwidth=256e9,
     link_bandwidth=16e9,
     host_bandwidth=16e9,
-    source="NVIDIA specification page: 3072 cores at 2.37 GHz (FLOP/s = 2 x cores x clock, twice "
-    "that on its tensor cores with float32 sums, a 64th in float64), 128-bit memory at 16 Gbit/s, "
-    "PCIe 4 x8 and no NVLink",
+    source="NVIDIA GeForce RTX 40 Series Laptops comparison, column RTX 4060: 3072 cores at up to "
+    "2370 MHz, 8 GB on a 128-bit bus. From that, FLOP/s = 2 x cores x clock, twice as many on its "
+    "tensor cores with float32 sums, a 64th in float64; GDDR6 at 16 Gbit/s a pin, PCIe 4 x8, no "
+    "NVLink",
 )
 
 CLASSROOM = A100 / 1000

@@ -10,13 +10,16 @@ numbers inside, account for memory and time, wrap what came out.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 
+from course_lib.virtual import hazards
 from course_lib.virtual.cost import bytes_formula, flops_formula, runs_nothing
 from course_lib.virtual.machine import DEVICE_TYPE, machine
 from course_lib.virtual.memory import Allocation
@@ -50,8 +53,8 @@ class VirtualTensor(torch.Tensor):
         return operator.handler(operator, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents: str | None = None) -> str:
-        machine.clock.wait(self.index)
-        numbers = repr(self.inner)
+        machine.clock.current[self.index].synchronize()
+        numbers = repr(self.inner).replace(f", device='{self.inner.device}'", "")
         suffix = f", device='{self.device}'"
         if self.grad_fn is not None:
             suffix += f", grad_fn=<{type(self.grad_fn).__name__}>"
@@ -61,6 +64,10 @@ class VirtualTensor(torch.Tensor):
         if isinstance(self, torch.nn.Parameter):
             return f"Parameter containing:\n{text}"
         return text
+
+    def __format__(self, spec: str) -> str:
+        # f"{loss:.3f}" reads the number, as for any device.
+        return format(self.item(), spec) if self.dim() == 0 else super().__format__(spec)
 
     def numpy(self, *, force: bool = False):
         if not force:
@@ -110,8 +117,9 @@ def wrap(inner: torch.Tensor, index: int, allocation: Allocation | None = None) 
     Raises:
         torch.OutOfMemoryError: the device is full.
     """
-    if inner.layout is not torch.strided:
-        raise NotImplementedError(f"virtual GPUs hold dense tensors only, not {inner.layout}")
+    layout = inner.layout
+    if layout is not torch.strided:
+        raise NotImplementedError(f"virtual GPUs hold dense tensors only, not {layout}")
     if allocation is None:
         allocation = machine.memories[index].allocate(inner.untyped_storage().nbytes())
     # Positional arguments, because parsing names would take as long as all the rest.
@@ -122,10 +130,12 @@ def wrap(inner: torch.Tensor, index: int, allocation: Allocation | None = None) 
         inner.storage_offset(),
         None,
         inner.dtype,
-        torch.strided,
-        device_of(index),
+        layout,
+        _DEVICES.get(index) or device_of(index),
     )
-    outer.inner, outer.index, outer.allocation = inner, index, allocation
+    outer.inner = inner
+    outer.index = index
+    outer.allocation = allocation
     return outer
 
 
@@ -133,19 +143,31 @@ class Operator:
     """What :func:`execute` must know of one operator, looked up once and kept."""
 
     def __init__(self, func: torch._ops.OpOverload) -> None:
-        tags = func.tags
+        schema = func._schema
+        returned = [str(value.type) for value in schema.returns]
         self.run: Callable = func._op  # what calling ``func`` calls, without the detour
         self.handler: Callable = _HANDLERS.get(func, execute)
         self.name: str = func._opname
         self.runs_nothing = runs_nothing(func)
         self.flops = flops_formula(func)
         self.bytes_moved = bytes_formula(func)
-        self.is_mutable: bool = func._schema.is_mutable
-        self.may_resize = self.name == "resize_" or any(
-            argument.is_out for argument in func._schema.arguments
+        self.is_mutable: bool = schema.is_mutable
+        self.writes = [
+            argument.name if argument.kwarg_only else position
+            for position, argument in enumerate(schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        self.returns_new_tensor = returned == ["Tensor"] and (
+            schema.returns[0].alias_info is None and not func._can_decompose()
         )
-        self.is_random = torch.Tag.nondeterministic_seeded in tags
-        self.has_dynamic_shape = torch.Tag.dynamic_output_shape in tags
+        self.may_resize = self.name == "resize_" or any(
+            argument.is_out for argument in schema.arguments
+        )
+        self.is_random = torch.Tag.nondeterministic_seeded in func.tags
+        # The host cannot go on without the number, or the shape.
+        self.host_waits = torch.Tag.dynamic_output_shape in func.tags or (
+            not self.is_mutable and not any("Tensor" in kind for kind in returned)
+        )
         self.takes_host_indices = func._overloadpacket in (
             aten.index,
             aten.index_put,
@@ -179,15 +201,18 @@ def execute(operator: Operator, args: tuple, kwargs: dict) -> Any:
     for name, value in kwargs.items():
         inner_kwargs[name] = _unwrap(value, tensors, host_tensors)
     index = tensors[0].index
-    if len(tensors) > 1:
-        _check_same_device(tensors)
+    for tensor in tensors:
+        if tensor.index != index:
+            raise _mixed_devices(device_of(index), tensor.device)
     if host_tensors:
         _check_host_tensors(operator, index, host_tensors)
     if "device" in kwargs:
         index = _target_of(kwargs["device"], index)
-        inner_kwargs["device"] = "cpu"
+        inner_kwargs["device"] = machine.backing if index is not None else "cpu"
         if index is None:
             return operator.run(*inner_args, **inner_kwargs)
+    if operator.host_waits:
+        _check_has_numbers(operator.name)
     if operator.is_random:
         with device_generator(index):
             out = operator.run(*inner_args, **inner_kwargs)
@@ -205,27 +230,61 @@ def finish(
     out: Any,
 ) -> Any:
     """Wrap what an operator returned, and charge memory and clock for it."""
-    written: list[torch.Tensor] = []
-    wrapped = _wrap_output(out, index, inputs, written)
-    if operator.runs_nothing:
-        return wrapped
-    if operator.may_resize:
-        _follow_resized(inputs)
-    if not written:
+    written: list[VirtualTensor]
+    if operator.returns_new_tensor:
+        wrapped = wrap(out, index)
+        written = [wrapped]
+    else:
+        written = []
+        wrapped = _wrap_output(out, index, inputs, written)
         if operator.is_mutable:
-            written = [inputs[0].inner]
-        elif isinstance(out, (torch.Tensor, list, tuple)):
-            return wrapped  # a view: nothing runs on the device
+            if operator.may_resize:
+                _follow_resized(inputs)
+            written += _written_in_place(operator, inner_args, inner_kwargs, inputs)
+    if operator.runs_nothing or not (written or operator.host_waits):
+        return wrapped  # memory reserved, or a view: nothing runs on the device
+    clock = machine.clock
     nbytes = operator.bytes_moved(inputs, written)
     if operator.flops is None:
-        machine.clock.compute(operator.name, index, 0.0, nbytes, 1.0)
+        ticket = clock.compute(operator.name, index, 0.0, nbytes, 1.0)
     else:
         flops = operator.flops(inner_args, inner_kwargs, out)
         peak = machine.spec.peak_flops(inputs[0].dtype)
-        machine.clock.compute(operator.name, index, flops, nbytes, peak)
-    if not written or operator.has_dynamic_shape:
-        machine.clock.wait(index)  # the host cannot go on without the number, or the shape
+        ticket = clock.compute(operator.name, index, flops, nbytes, peak)
+    if clock.has_side_streams:
+        hazards.check(ticket, inputs, written)
+    else:
+        for tensor in written:
+            tensor.allocation.writer = ticket
+    if operator.host_waits:
+        clock.current[index].synchronize()
     return wrapped
+
+
+def _written_in_place(
+    operator: Operator, inner_args: list, inner_kwargs: dict, inputs: list[VirtualTensor]
+) -> list[VirtualTensor]:
+    """Those of ``inputs`` that the operator changes."""
+    if operator.writes == [0] and isinstance(inner_args[0], torch.Tensor):
+        return [inputs[0]]
+    changed = set()
+    for place in operator.writes:
+        if isinstance(place, str):
+            value = inner_kwargs.get(place)
+        else:
+            value = inner_args[place] if place < len(inner_args) else None
+        values = value if isinstance(value, (list, tuple)) else [value]
+        changed.update(id(tensor) for tensor in values)
+    return [tensor for tensor in inputs if id(tensor.inner) in changed]
+
+
+def _check_has_numbers(name: str) -> None:
+    """Raise a clear error if someone wants to read a number where there are none."""
+    if machine.backing.type == "meta":
+        raise RuntimeError(
+            f"{name} reads numbers, and these virtual GPUs have none (backing='meta'): they keep "
+            "shapes, memory and time. Leave the read out, or use devices(...) without backing=."
+        )
 
 
 def _follow_resized(tensors: list[VirtualTensor]) -> None:
@@ -239,15 +298,18 @@ def _follow_resized(tensors: list[VirtualTensor]) -> None:
 
 @contextmanager
 def device_generator(index: int) -> Iterator[None]:
-    """Let the device's random number generator stand in for the CPU's."""
-    own, cpu = machine.generators[index], torch.default_generator
-    saved = cpu.get_state()
-    cpu.set_state(own.get_state())
+    """Let the device's random number generator stand in for that of the backing."""
+    if machine.backing.type == "meta":
+        yield
+        return
+    own, standard = machine.generators[index], machine.standard_generator()
+    saved = standard.get_state()
+    standard.set_state(own.get_state())
     try:
         yield
     finally:
-        own.set_state(cpu.get_state())
-        cpu.set_state(saved)
+        own.set_state(standard.get_state())
+        standard.set_state(saved)
 
 
 def _unwrap(value: Any, tensors: list[VirtualTensor], host_tensors: list[torch.Tensor]) -> Any:
@@ -278,13 +340,6 @@ def refuse_generator(generator: torch.Generator) -> None:
 _PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.memory_format}
 
 
-def _check_same_device(tensors: list[VirtualTensor]) -> None:
-    index = tensors[0].index
-    for tensor in tensors:
-        if tensor.index != index:
-            raise _mixed_devices(device_of(index), tensor.device)
-
-
 def _check_host_tensors(operator: Operator, index: int, host_tensors: list[torch.Tensor]) -> None:
     """Numbers and indices on the CPU may join the tensors of a device, as on CUDA."""
     for tensor in host_tensors:
@@ -309,19 +364,19 @@ def _target_of(device: torch.device | None, index: int) -> int | None:
 
 def index_of(device: torch.device) -> int:
     """``torch.device("vgpu:2")`` as ``2``, after checking that there is such a device."""
-    index = machine.current_device if device.index is None else device.index
+    index = machine.clock.current_device if device.index is None else device.index
     machine.check_index(index)
     return index
 
 
 def _wrap_output(
-    value: Any, index: int, owners: list[VirtualTensor], new_tensors: list[torch.Tensor]
+    value: Any, index: int, owners: list[VirtualTensor], new_tensors: list[VirtualTensor]
 ) -> Any:
     """Wrap every tensor in ``value``.
 
     Args:
         owners: tensors whose memory ``value`` may share.
-        new_tensors: collects the inner tensors that took memory of their own.
+        new_tensors: collects the tensors that took memory of their own.
     """
     if isinstance(value, torch.Tensor):
         for owner in owners:
@@ -330,8 +385,8 @@ def _wrap_output(
                 return owner
             if _is_alias_of(value, inner):
                 return _wrap_view(value, index, owner.allocation)
-        new_tensors.append(value)
-        return wrap(value, index)
+        new_tensors.append(wrap(value, index))
+        return new_tensors[-1]
     if isinstance(value, (list, tuple)):
         # What one operator returns may share memory too, as the gradients of a chunk do.
         owners = list(owners)
@@ -357,35 +412,45 @@ def _wrap_view(inner: torch.Tensor, index: int, allocation: Allocation) -> Virtu
 # The operators that do more than compute on one device.
 
 
+def _index(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
+    """``x[indices]``: with a mask of booleans the host waits to know how many were picked."""
+    has_mask = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    return execute(operator if has_mask else _without_waiting(operator), args, kwargs)
+
+
+@cache
+def _without_waiting(operator: Operator) -> Operator:
+    operator = copy.copy(operator)
+    operator.host_waits = False
+    return operator
+
+
 def _to_copy(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
     """``x.to(...)``: on the same device a kernel, between devices a copy over the link."""
     (source,) = args
     device = kwargs.get("device")
     if device is None or device == source.device:
         return execute(operator, args, {**kwargs, "device": source.device})
-    inner_kwargs = {**kwargs, "device": "cpu"}
     destination = _target_of(device, source.index)
-    inner = operator.run(source.inner, **inner_kwargs)
     if destination is None:
-        _charge_copy(source, None, source.inner.nbytes)
+        _check_has_numbers(".to('cpu')")
+        inner = operator.run(source.inner, **{**kwargs, "device": "cpu"})
+        _charge_copy(source, inner)
         return inner
-    outer = wrap(inner, destination)
-    _charge_copy(source, outer, source.inner.nbytes)
+    outer = wrap(operator.run(source.inner, **{**kwargs, "device": machine.backing}), destination)
+    _charge_copy(source, outer)
     return outer
 
 
 def copy_(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
     """``a.copy_(b)``: the one operator that may have its tensors on two devices."""
     destination, source = args[0], args[1]
-    on_one_device = (
-        isinstance(destination, VirtualTensor)
-        and isinstance(source, VirtualTensor)
-        and destination.index == source.index
-    )
-    if on_one_device:
+    if not isinstance(destination, VirtualTensor):
+        _check_has_numbers("copy_ to the host")
+    elif isinstance(source, VirtualTensor) and destination.index == source.index:
         return execute(operator, args, kwargs)
     operator.run(_inner(destination), _inner(source), *args[2:], **kwargs)
-    _charge_copy(source, destination, source.nbytes)
+    _charge_copy(source, destination)
     return destination
 
 
@@ -393,16 +458,30 @@ def _inner(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.inner if isinstance(tensor, VirtualTensor) else tensor
 
 
-def _charge_copy(source: torch.Tensor, destination: torch.Tensor | None, nbytes: int) -> None:
-    """Charge the clock for moving ``nbytes``; a tensor that is not virtual is on the host."""
-    ends = [end.index if isinstance(end, VirtualTensor) else None for end in (source, destination)]
-    machine.clock.copy(ends[0], ends[1], nbytes)
+def _charge_copy(source: torch.Tensor, destination: torch.Tensor) -> None:
+    """Charge the clock for a copy; a tensor that is not virtual is on the host."""
+    is_read, is_written = (isinstance(end, VirtualTensor) for end in (source, destination))
+    clock = machine.clock
+    ticket = clock.copy(
+        source.index if is_read else None,
+        destination.index if is_written else None,
+        source.nbytes,
+    )
+    if clock.has_side_streams:
+        hazards.check(ticket, [source] * is_read, [destination] * is_written)
+    elif is_written:
+        destination.allocation.writer = ticket
 
 
 def _item(operator: Operator, args: tuple, kwargs: dict) -> Any:
     """``x.item()``: the host waits for the device, then reads one number."""
-    machine.clock.wait(args[0].index)
-    return operator.run(args[0].inner)
+    _check_has_numbers(".item()")
+    (tensor,) = args
+    stream = machine.clock.current[tensor.index]
+    if machine.clock.has_side_streams:
+        hazards.check((stream, stream.count, "item"), [tensor], [])
+    stream.synchronize()
+    return operator.run(tensor.inner)
 
 
 def _change_shape_in_place(operator: Operator, args: tuple, kwargs: dict) -> VirtualTensor:
@@ -437,6 +516,7 @@ def _dropout_backward(operator: Operator, args: tuple, kwargs: dict) -> VirtualT
 _HANDLERS = {
     aten._to_copy.default: _to_copy,
     aten.copy_.default: copy_,
+    aten.index.Tensor: _index,
     aten._local_scalar_dense.default: _item,
     aten.native_dropout.default: _dropout,
     aten.native_dropout_backward.default: _dropout_backward,

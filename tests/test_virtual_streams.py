@@ -1,0 +1,478 @@
+"""Streams and events of virtual GPUs keep CUDA's order, and a missing wait is reported."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import course_lib
+from course_lib import StreamHazard
+from round_numbers import LATENCY, LAUNCH, seconds, spans_of
+
+Devices = list[torch.device]
+
+# A product of two 100 x 100 matrices takes 2 ms; to fill one takes 0.4 ms, to copy one 1 + 4 ms.
+FILL = 4 * 100**2 / 1e8
+PRODUCT = 2 * 100**3 / 1e9
+COPY = LATENCY + 4 * 100**2 / 1e7
+
+
+def matrix(gpu: torch.device) -> torch.Tensor:
+    return torch.ones(100, 100, device=gpu)
+
+
+# What runs at the same time.
+
+
+def test_a_copy_on_side_streams_runs_beside_a_product(gpus: Devices):
+    x = matrix(gpus[0])
+    sender, receiver = course_lib.stream(gpus[0]), course_lib.stream(gpus[1])
+
+    def program():
+        x @ x
+        with sender, receiver:
+            x.to(gpus[1])
+
+    product, copy = spans_of(program)
+    assert (product.start, product.end) == (seconds(LAUNCH), seconds(LAUNCH + PRODUCT))
+    assert (copy.start, copy.end) == (seconds(2 * LAUNCH), seconds(2 * LAUNCH + COPY))
+    assert copy.rows == [(0, "stream 1"), (1, "stream 1")]
+
+
+def test_a_copy_on_default_streams_waits_for_the_product(gpus: Devices):
+    x = matrix(gpus[0])
+
+    def program():
+        x @ x
+        x.to(gpus[1])
+
+    product, copy = spans_of(program)
+    assert copy.start == product.end
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_copy_waits_if_one_of_its_ends_is_on_a_busy_default_stream(gpus: Devices, side: int):
+    x, y = matrix(gpus[0]), matrix(gpus[1])
+    side_stream = course_lib.stream(gpus[side])
+
+    def program():
+        (x @ x, y @ y)
+        with side_stream:
+            x.to(gpus[1])
+
+    first, second, copy = spans_of(program)
+    assert copy.start == (second.end if side == 0 else first.end)
+
+
+def test_products_of_two_streams_of_a_device_take_turns(gpus: Devices):
+    x = matrix(gpus[0])
+    side = course_lib.stream(gpus[0])
+
+    def program():
+        x @ x
+        with side:
+            x @ x
+
+    first, second = spans_of(program)
+    assert (second.start, second.end) == (first.end, seconds(LAUNCH + 2 * PRODUCT))
+
+
+def test_work_that_is_ready_goes_before_work_that_waits(gpus: Devices):
+    x = matrix(gpus[0])
+    main, side, sender = (course_lib.current_stream(gpus[0]), *map(course_lib.stream, gpus[:1] * 2))
+    receiver = course_lib.stream(gpus[1])
+
+    def program():
+        with sender, receiver:
+            x.to(gpus[1])
+        main.wait_stream(sender)
+        x @ x
+        with side:
+            x @ x
+
+    copy, waits, ready = spans_of(program)
+    assert waits.start == copy.end
+    assert ready.start == seconds(3 * LAUNCH)
+    assert ready.end < waits.start
+
+
+def test_copies_in_both_directions_run_at_the_same_time(gpus: Devices):
+    x, y = matrix(gpus[0]), matrix(gpus[1])
+    there = [course_lib.stream(gpu) for gpu in gpus[:2]]
+    back = [course_lib.stream(gpu) for gpu in gpus[:2]]
+
+    def program():
+        with there[0], there[1]:
+            x.to(gpus[1])
+        with back[0], back[1]:
+            y.to(gpus[0])
+
+    one, other = spans_of(program)
+    assert other.start == seconds(2 * LAUNCH)
+    assert other.start < one.end
+
+
+def test_two_copies_out_of_one_device_take_turns(gpus: Devices):
+    x = matrix(gpus[0])
+    streams = [(course_lib.stream(gpus[0]), course_lib.stream(gpu)) for gpu in gpus[1:3]]
+
+    def program():
+        for (sender, receiver), gpu in zip(streams, gpus[1:3], strict=True):
+            with sender, receiver:
+                x.to(gpu)
+
+    one, other = spans_of(program)
+    assert other.start == one.end
+
+
+def test_a_ring_of_copies_takes_as_long_as_one_copy_a_round(gpus: Devices):
+    blocks = [matrix(gpu) for gpu in gpus]
+    senders, receivers = ([course_lib.stream(gpu) for gpu in gpus] for _ in range(2))
+
+    def program():
+        for _ in range(3):
+            for rank in range(4):
+                senders[rank].wait_stream(receivers[rank])
+            course_lib.synchronize()
+            for rank, block in enumerate(blocks):
+                following = (rank + 1) % 4
+                with senders[rank], receivers[following]:
+                    block.to(gpus[following])
+
+    spans = spans_of(program)
+    # The host enqueues four copies a round; the last of them begins and ends last.
+    assert spans[-1].end == seconds(3 * (4 * LAUNCH + COPY))
+
+
+# What waits for what.
+
+
+def test_wait_stream_waits_for_what_was_enqueued_before_it(gpus: Devices):
+    x = matrix(gpus[0])
+    main, side = course_lib.current_stream(gpus[0]), course_lib.stream(gpus[0])
+    receiver = course_lib.stream(gpus[1])
+
+    def program():
+        x @ x
+        side.wait_stream(main)
+        x @ x
+        with side, receiver:
+            x.to(gpus[1])
+
+    first, _, copy = spans_of(program)
+    assert copy.start == first.end
+
+
+def test_an_event_is_a_moment_on_a_stream(gpus: Devices):
+    x = matrix(gpus[0])
+    main, side = course_lib.current_stream(gpus[0]), course_lib.stream(gpus[0])
+    receiver = course_lib.stream(gpus[1])
+    event = course_lib.event(gpus[0])
+
+    def program():
+        x @ x
+        event.record(main)
+        x @ x
+        event.wait(side)
+        with side, receiver:
+            x.to(gpus[1])
+
+    first, _, copy = spans_of(program)
+    assert copy.start == first.end
+    assert event.query()
+
+
+def test_elapsed_time_is_the_time_between_two_events_in_milliseconds(gpus: Devices):
+    x = matrix(gpus[0])
+    main = course_lib.current_stream(gpus[0])
+    x @ x  # so that the host is ahead
+    start = main.record_event()
+    x @ x
+    x @ x
+    end = main.record_event()
+    assert start.elapsed_time(end) == seconds(2 * PRODUCT * 1e3)
+    with pytest.raises(RuntimeError, match="call record"):
+        start.elapsed_time(course_lib.event(gpus[0]))
+
+
+def test_the_host_waits_for_a_stream_or_an_event_and_for_no_more(gpus: Devices):
+    x = matrix(gpus[0])
+    main, side = course_lib.current_stream(gpus[0]), course_lib.stream(gpus[0])
+    side.wait_stream(main)
+    x @ x
+    event = main.record_event()
+    with side:
+        x @ x
+    began = course_lib.host_seconds()
+    event.synchronize()
+    assert course_lib.host_seconds() == seconds(LAUNCH + FILL + PRODUCT)
+    assert course_lib.host_seconds() > began
+    assert main.query()
+    assert not side.query()
+    side.synchronize()
+    assert course_lib.host_seconds() == seconds(LAUNCH + FILL + 2 * PRODUCT)
+
+
+def test_reading_a_value_waits_for_the_current_stream_alone(gpus: Devices):
+    x, number = matrix(gpus[0]), torch.ones((), device=gpus[0])
+    course_lib.synchronize()
+    with course_lib.stream(gpus[0]):
+        x @ x
+    number.item()
+    assert course_lib.host_seconds() < PRODUCT
+    course_lib.synchronize()
+    assert course_lib.host_seconds() > PRODUCT
+
+
+def test_an_event_that_was_never_recorded_holds_nobody_up(gpus: Devices):
+    event = course_lib.event(gpus[0])
+    event.wait(course_lib.current_stream(gpus[0]))
+    event.synchronize()
+    assert event.query()
+    assert course_lib.host_seconds() == 0
+
+
+# The block.
+
+
+def test_a_block_makes_a_stream_and_its_device_current_and_gives_back_what_was(gpus: Devices):
+    main, side = course_lib.current_stream(gpus[1]), course_lib.stream(gpus[1])
+    with side:
+        assert course_lib.current_stream(gpus[1]) is side
+        assert torch.zeros(1, device="vgpu").device == gpus[1]
+        with course_lib.stream(gpus[2]), main:
+            assert course_lib.current_stream(gpus[1]) is main
+        assert course_lib.current_stream(gpus[1]) is side
+    assert course_lib.current_stream(gpus[1]) is main
+    assert torch.zeros(1, device="vgpu").device == gpus[0]
+
+
+def test_a_stream_of_devices_that_are_gone_is_refused(gpus: Devices):
+    side = course_lib.stream(gpus[0])
+    course_lib.devices(4)
+    with pytest.raises(RuntimeError, match=r"Make a new one with course_lib.stream\('vgpu:0'\)"):
+        side.__enter__()
+
+
+def test_a_stream_of_a_device_that_does_not_exist_is_refused(gpus: Devices):
+    with pytest.raises(RuntimeError, match="vgpu:7 does not exist"):
+        course_lib.stream(torch.device("vgpu:7"))
+
+
+def test_streams_come_from_a_pool_of_32_as_in_pytorch(gpus: Devices):
+    streams = [course_lib.stream(gpus[0]) for _ in range(33)]
+    assert len(set(streams)) == 32
+    assert streams[32] is streams[0]
+
+
+def test_a_side_stream_has_a_row_of_its_own_in_the_picture(gpus: Devices):
+    x = matrix(gpus[0])
+    side = course_lib.stream(gpus[0])
+    with course_lib.trace() as recording:
+        x @ x
+        with side:
+            x @ x
+    labels = [label.get_text() for label in recording.plot().get_yticklabels()]
+    assert labels == ["vgpu:0", "vgpu:0 stream 1"]
+
+
+# A missing wait.
+
+
+def hazards_of(program) -> list:
+    with course_lib.trace() as recording:
+        program()
+    return recording.hazards
+
+
+def test_a_read_that_does_not_wait_for_the_write_is_reported(gpus: Devices):
+    x = matrix(gpus[0])
+    side = course_lib.stream(gpus[0])
+    results = []
+
+    def program():
+        y = x @ x
+        with side:
+            results.append(y + 1)
+
+    (hazard,) = hazards_of(program)
+    assert (hazard.first, hazard.first_writes) == (("mm", "vgpu:0 default stream"), True)
+    assert (hazard.second, hazard.second_writes) == (("add", "vgpu:0 stream 1"), False)
+    assert str(hazard) == (
+        "add on vgpu:0 stream 1 reads a float32 tensor of shape (100, 100) that mm on vgpu:0 "
+        "default stream writes, and does not wait for it. Missing: a wait_stream of vgpu:0 "
+        "stream 1 for vgpu:0 default stream, or a wait for an event recorded after mm. Here the "
+        "values are right; on a GPU they need not be."
+    )
+    assert torch.equal(results[0].cpu(), torch.full((100, 100), 101.0))
+
+
+def test_a_copy_that_does_not_wait_is_reported_at_either_end(gpus: Devices):
+    x, y = matrix(gpus[0]), matrix(gpus[1])
+    sender, receiver = course_lib.stream(gpus[0]), course_lib.stream(gpus[1])
+
+    def unwritten():
+        with sender, receiver:
+            x.add_(1).to(gpus[1])
+
+    def early_use():
+        with sender, receiver:
+            arrived = x.to(gpus[1])
+        arrived + 1
+
+    def overwritten():
+        y * 2
+        with sender, receiver:
+            y.copy_(x)
+
+    assert hazards_of(unwritten) == []
+    assert [hazard.first[0] for hazard in hazards_of(early_use)] == ["copy"]
+    (hazard,) = hazards_of(overwritten)
+    assert (hazard.first[0], hazard.first_writes, hazard.second_writes) == ("mul", False, True)
+
+
+def test_two_writes_in_no_order_are_reported(gpus: Devices):
+    x = matrix(gpus[0])
+    side = course_lib.stream(gpus[0])
+
+    def program():
+        x.add_(1)
+        with side:
+            x.zero_()
+
+    (hazard,) = hazards_of(program)
+    assert (hazard.first[0], hazard.second[0]) == ("add_", "zero_")
+    assert hazard.first_writes and hazard.second_writes
+
+
+def test_a_view_is_the_same_memory(gpus: Devices):
+    x = matrix(gpus[0])
+    side = course_lib.stream(gpus[0])
+
+    def program():
+        x[:10].zero_()
+        with side:
+            x.t() + 1
+
+    assert len(hazards_of(program)) == 1
+
+
+def test_two_parts_of_one_tensor_are_two_pieces_of_memory(gpus: Devices):
+    x = matrix(gpus[0])
+    side = course_lib.stream(gpus[0])
+
+    def program(part: torch.Tensor) -> None:
+        x[:50].zero_()
+        with side:
+            part + 1
+
+    assert hazards_of(lambda: program(x[50:])) == []
+    assert len(hazards_of(lambda: program(x[49:]))) == 1
+
+
+def test_reading_a_number_too_early_is_reported(gpus: Devices):
+    def program():
+        with course_lib.stream(gpus[0]):
+            total = torch.ones(3, device=gpus[0]).sum()
+        total.item()
+
+    (hazard,) = hazards_of(program)
+    assert hazard.second[0] == "item"
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda main, side, other: side.wait_stream(main),
+        lambda main, side, other: main.record_event().wait(side),
+        lambda main, side, other: side.wait_event(main.record_event()),
+        lambda main, side, other: main.synchronize(),
+        lambda main, side, other: main.record_event().synchronize(),
+        lambda main, side, other: course_lib.synchronize(),
+        lambda main, side, other: (other.wait_stream(main), side.wait_stream(other)),
+    ],
+    ids=["stream", "event", "wait_event", "host", "host and event", "all", "through a third"],
+)
+def test_nothing_is_reported_after_a_wait_of_any_kind(gpus: Devices, wait):
+    x = matrix(gpus[0])
+    main = course_lib.current_stream(gpus[0])
+    side, other = course_lib.stream(gpus[0]), course_lib.stream(gpus[0])
+
+    def program():
+        y = x @ x
+        wait(main, side, other)
+        with side:
+            y + 1
+
+    assert hazards_of(program) == []
+
+
+def test_a_wait_for_an_earlier_event_is_not_enough(gpus: Devices):
+    x = matrix(gpus[0])
+    main, side = course_lib.current_stream(gpus[0]), course_lib.stream(gpus[0])
+
+    def program():
+        event = main.record_event()
+        y = x @ x
+        event.wait(side)
+        with side:
+            y + 1
+
+    assert len(hazards_of(program)) == 1
+
+
+def test_default_streams_need_no_waits(gpus: Devices):
+    course_lib.stream(gpus[0])
+    x = matrix(gpus[0]).requires_grad_()
+
+    def program():
+        y = (x @ x).to(gpus[1]).relu()
+        (y @ y).to(gpus[0]).sum().backward()
+        x.grad.add_(1)
+
+    assert hazards_of(program) == []
+
+
+def test_a_strict_trace_raises_at_the_first_missing_wait(gpus: Devices):
+    x = matrix(gpus[0])
+    said = pytest.raises(StreamHazard, match="add on vgpu:0 stream 1 reads")
+    with said, course_lib.trace(strict=True):
+        y = x @ x
+        with course_lib.stream(gpus[0]):
+            y + 1
+    with course_lib.trace() as recording:
+        x + 1
+    assert recording.hazards == []
+
+
+def test_a_strict_trace_raises_in_backward_too(gpus: Devices):
+    x = matrix(gpus[0]).requires_grad_()
+    y = (x @ x).relu()
+    course_lib.synchronize()
+    with pytest.raises(StreamHazard), course_lib.trace(strict=True):
+        gradient = torch.ones(100, 100, device=gpus[0])
+        with course_lib.stream(gpus[0]):
+            y.backward(gradient)
+
+
+def test_without_a_trace_python_warns(gpus: Devices):
+    x = matrix(gpus[0])
+    y = x @ x
+    with pytest.warns(StreamHazard, match="wait_stream") as said, course_lib.stream(gpus[0]):
+        y + 1
+    assert said[0].filename == __file__
+    with warnings.catch_warnings(), course_lib.stream(gpus[0]):
+        warnings.simplefilter("error", StreamHazard)
+        with pytest.raises(StreamHazard):
+            y + 1
+
+
+def test_a_trace_says_how_many_waits_are_missing(gpus: Devices):
+    x = matrix(gpus[0])
+    with course_lib.trace() as recording:
+        y = x @ x
+        with course_lib.stream(gpus[0]):
+            y + 1
+    assert "1 missing wait" in repr(recording)
