@@ -1,15 +1,18 @@
 """Collectives: operations in which every GPU takes part.
 
-They take a list with one tensor a device, all of one shape, and change the tensors in place.
+They take the tensors of all GPUs at once, one a device, of one shape and dtype, and change them in
+place. Tensors that share a device are taken as well: what moves between them crosses no link.
 PyTorch's own are in ``torch.distributed``; lesson 02 derives the first one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 
-def all_reduce(tensors: list[Tensor]) -> None:
+def all_reduce(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by the sum of all: gather to the first device, add, broadcast.
 
     With N tensors of S bytes the first device receives (N - 1) S bytes and sends as many. The sum
@@ -20,29 +23,45 @@ def all_reduce(tensors: list[Tensor]) -> None:
         tensors: one a device, all of the same shape and dtype.
 
     Raises:
-        ValueError: there are none, or their shapes differ.
+        TypeError: something among them is no tensor.
+        ValueError: there are none, one stands there twice, or their shapes or dtypes differ.
     """
-    check_same_shape(tensors)
+    tensors = matching(tensors)
     total = tensors[0]
     for tensor in tensors[1:]:
         total.add_(tensor.to(total.device))
     broadcast(tensors)
 
 
-def broadcast(tensors: list[Tensor]) -> None:
-    """Replace each tensor by the first one; ``torch.distributed.broadcast`` between processes."""
-    check_same_shape(tensors)
-    for tensor in tensors[1:]:
-        tensor.copy_(tensors[0])
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by the first one; ``torch.distributed.broadcast`` between processes.
+
+    Takes and raises what :func:`all_reduce` does.
+    """
+    source, *others = matching(tensors)
+    for tensor in others:
+        tensor.copy_(source)
 
 
-def check_same_shape(tensors: list[Tensor]) -> None:
-    """Raise a clear error unless all tensors have one shape."""
+def matching(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors as a list, or a clear error if a collective cannot work on them."""
+    if isinstance(tensors, Tensor):  # which would be taken for its rows
+        raise TypeError("a collective takes a list with one tensor a device, not a single tensor")
+    tensors = list(tensors)
     if not tensors:
         raise ValueError("a collective needs at least one tensor")
-    shapes = [tuple(tensor.shape) for tensor in tensors]
-    if len(set(shapes)) > 1:
-        raise ValueError(f"a collective needs tensors of one shape, and these differ: {shapes}")
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"a collective takes tensors, and one of these is {tensor!r:.60}")
+    if len({id(tensor) for tensor in tensors}) < len(tensors):
+        raise ValueError("a collective needs different tensors, and one of these is there twice")
+    for what, values in (
+        ("shape", [tuple(tensor.shape) for tensor in tensors]),
+        ("dtype", [tensor.dtype for tensor in tensors]),
+    ):
+        if len(set(values)) > 1:
+            raise ValueError(f"a collective needs tensors of one {what}, these differ: {values}")
+    return tensors
 
 
 def all_reduce_bytes(device_count: int, nbytes: int) -> int:

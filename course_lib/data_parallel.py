@@ -18,8 +18,13 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def replicate(model: nn.Module, devices: list[torch.device]) -> list[nn.Module]:
-    """One copy of ``model`` on each device; ``model`` itself stays where it is."""
-    return [copy.deepcopy(model).to(device) for device in devices]
+    """One copy of ``model`` on each device, without gradients; ``model`` itself stays as it is."""
+    replicas = []
+    for device in devices:
+        replica = copy.deepcopy(model)
+        replica.zero_grad()  # before it moves: gradients would move as well
+        replicas.append(replica.to(device))
+    return replicas
 
 
 def split_batch(batch: Tensor, devices: list[torch.device]) -> list[Tensor]:
@@ -51,7 +56,11 @@ def backward_on_shards(
     Returns:
         Each shard's part of the mean loss, a scalar on its device. A read of one makes the host
         wait, so read them after all the work has been enqueued.
+
+    Raises:
+        ValueError: there is not one shard of each for every replica.
     """
+    _require_one_a_replica(replicas, inputs=inputs, targets=targets)
     batch_size = batch_size or sum(len(shard) for shard in inputs)
     losses = []
     for replica, x, y in zip(replicas, inputs, targets, strict=True):
@@ -85,7 +94,12 @@ def train_step(
     targets: list[Tensor],
     loss_function: Loss,
 ) -> list[Tensor]:
-    """One step of data-parallel training; returns each shard's part of the mean loss."""
+    """One step of data-parallel training; returns each shard's part of the mean loss.
+
+    Raises:
+        ValueError: there is not one optimizer and one shard of each for every replica.
+    """
+    _require_one_a_replica(replicas, optimizers=optimizers, inputs=inputs, targets=targets)
     for optimizer in optimizers:
         optimizer.zero_grad()
     losses = backward_on_shards(replicas, inputs, targets, loss_function)
@@ -93,3 +107,9 @@ def train_step(
     for optimizer in optimizers:
         optimizer.step()
     return losses
+
+
+def _require_one_a_replica(replicas: list[nn.Module], **lists: list) -> None:
+    if any(len(values) != len(replicas) for values in lists.values()):
+        counts = ", ".join(f"{len(values)} {name}" for name, values in lists.items())
+        raise ValueError(f"{len(replicas)} replicas need as many of each: there are {counts}")

@@ -6,6 +6,7 @@ it is the naive form of pipeline parallelism (Huang and others, "GPipe", 2019).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
@@ -26,14 +27,16 @@ class LayerParallel(nn.Module):
             layers 2 to 4, and the rest.
 
     Raises:
-        ValueError: the cuts do not make one non-empty stage for each device, or two stages share
-            a parameter.
+        ValueError: there is no device, the cuts do not make one non-empty stage for each device,
+            or two stages share a parameter.
     """
 
     def __init__(
         self, layers: nn.Sequential, devices: Sequence[torch.device], cuts: Sequence[int]
     ) -> None:
         super().__init__()
+        if not devices:
+            raise ValueError("LayerParallel needs at least one device to place layers on")
         edges = [0, *cuts, len(layers)]
         if len(cuts) != len(devices) - 1 or any(b <= a for a, b in pairwise(edges)):
             raise ValueError(
@@ -71,15 +74,18 @@ def balanced_cuts(costs: Sequence[float], stage_count: int) -> list[int]:
     """Cut a row of layers into stages so that the costliest stage costs as little as it can.
 
     Args:
-        costs: one number for each layer: its parameters, FLOPs or bytes.
+        costs: one number for each layer, 0 or above: its parameters, FLOPs or bytes.
         stage_count: how many stages.
 
     Returns:
         ``stage_count - 1`` positions, as :class:`LayerParallel` takes them.
 
     Raises:
-        ValueError: there are fewer layers than stages.
+        ValueError: there are fewer layers than stages, or a cost is negative or not finite.
     """
+    for index, cost in enumerate(costs):
+        if not 0 <= cost < math.inf:
+            raise ValueError(f"a layer costs a finite number, 0 or above: costs[{index}] is {cost}")
     count = len(costs)
     if not 1 <= stage_count <= count:
         raise ValueError(f"cannot cut {count} layers into {stage_count} non-empty stages")

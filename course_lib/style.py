@@ -42,12 +42,10 @@ RC = {
 plt.rcParams.update(RC)
 
 
-def figure(
-    columns: int = 1, rows: int = 1, width: float = 9.0, height: float = 3.2
-) -> tuple[Figure, Axes]:
+def figure(columns: int = 1, width: float = 9.0, height: float = 3.2) -> tuple[Figure, Axes]:
     """A figure in the course's style: ``(figure, axes)``, as ``plt.subplots`` returns them.
 
     Args:
         width, height: of the whole figure, in inches.
     """
-    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained")
+    return plt.subplots(1, columns, figsize=(width, height), layout="constrained")

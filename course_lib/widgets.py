@@ -7,6 +7,7 @@ its first setting.
 from __future__ import annotations
 
 import base64
+import html
 import io
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,7 @@ from course_lib.virtual.spec import CLASSROOM, Spec
 
 
 class Explorer(ipywidgets.VBox):
-    """Controls above a figure.
+    """Controls above a figure, or above a line that says why there is none.
 
     Args:
         draw: makes the figure; is called with one keyword argument for each control.
@@ -36,6 +37,7 @@ class Explorer(ipywidgets.VBox):
         self._controls = controls
         self._picture = ipywidgets.Image(format="png")
         self._picture.layout.width, self._picture.layout.max_width = "900px", "100%"
+        self._error = ipywidgets.HTML()
         for control in controls.values():
             control.style.description_width = "190px"
             control.layout.width = "480px"
@@ -51,12 +53,24 @@ class Explorer(ipywidgets.VBox):
 
     def _refresh(self, change: object = None) -> None:
         self._picture.layout.opacity = "0.4"  # a sign of work going on
-        figure = self._draw(**self.values)
+        open_before = set(plt.get_fignums())
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=100)
-        plt.close(figure)
-        self._picture.value = buffer.getvalue()
-        self._picture.layout.opacity = "1"
+        try:
+            self._draw(**self.values).savefig(buffer, format="png", dpi=100)
+        except Exception as error:
+            first_line = next(iter(str(error).splitlines()), "")
+            self._error.value = html.escape(f"{type(error).__name__}: {first_line}")
+            self._show(self._error)
+        else:
+            self._picture.value = buffer.getvalue()
+            self._show(self._picture)
+        finally:
+            self._picture.layout.opacity = "1"
+            for number in set(plt.get_fignums()) - open_before:
+                plt.close(number)
+
+    def _show(self, result: ipywidgets.DOMWidget) -> None:
+        self.children = [*self._controls.values(), result]
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value}" for name, value in self.values.items())
@@ -65,7 +79,8 @@ class Explorer(ipywidgets.VBox):
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         bundle = super()._repr_mimebundle_(**kwargs)
         bundle["text/plain"] = repr(self)
-        bundle["image/png"] = base64.b64encode(self._picture.value).decode()
+        if self._picture in self.children:
+            bundle["image/png"] = base64.b64encode(self._picture.value).decode()
         return bundle
 
 

@@ -101,27 +101,48 @@ def test_shards_differ_by_one_example_at_most() -> None:
     assert [len(s) for s in data_parallel.split_batch(torch.zeros(2, 2), gpus)] == [1, 1, 0, 0]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_all_reduce_moves_what_its_formula_says_and_leaves_equal_bits(count: int) -> None:
-    gpus = devices(count)
-    torch.manual_seed(0)
-    originals = [torch.randn(7, 3) for _ in gpus]
-    tensors = [tensor.to(gpu) for tensor, gpu in zip(originals, gpus, strict=True)]
-    with trace() as t:
-        collectives.all_reduce(tensors)
-    assert t.bytes_between_devices == collectives.all_reduce_bytes(count, originals[0].nbytes)
-    for tensor in tensors:
-        assert torch.allclose(tensor.cpu(), sum(originals), atol=1e-6)
-        assert torch.equal(tensor.cpu(), tensors[0].cpu())
-
-
-def test_a_collective_refuses_tensors_of_different_shapes() -> None:
+def test_replicas_start_without_the_models_gradients() -> None:
     gpus = devices(2)
-    tensors = [torch.zeros(3, device=gpus[0]), torch.zeros(4, device=gpus[1])]
-    with pytest.raises(ValueError, match=r"tensors of one shape.*\(3,\), \(4,\)"):
-        collectives.all_reduce(tensors)
-    with pytest.raises(ValueError, match="at least one tensor"):
-        collectives.all_reduce([])
+    model = MLP(4, 3, 2)
+    for home in ("cpu", gpus[0]):
+        model = MLP(4, 3, 2).to(home)
+        model(torch.ones(1, 4, device=home)).sum().backward()
+        with trace() as t:
+            replicas = data_parallel.replicate(model, gpus)
+        assert all(p.grad is None for replica in replicas for p in replica.parameters())
+        assert all(p.grad is not None for p in model.parameters())
+        moved = sum(nbytes for route, nbytes in t.bytes_moved.items() if route[1] == "vgpu:1")
+        assert moved == 4 * parameter_count(model)
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "inputs", "targets"), [(1, 2, 2), (3, 2, 2), (2, 1, 2), (2, 2, 3), (2, 0, 0)]
+)
+def test_a_step_names_the_counts_that_do_not_match(optimizers, inputs, targets) -> None:
+    replicas = data_parallel.replicate(MLP(4, 2), devices(2))
+    counts = ([None] * optimizers, [None] * inputs, [None] * targets)
+    with pytest.raises(ValueError) as caught:
+        data_parallel.train_step(replicas, *counts, F.cross_entropy)
+    assert str(caught.value) == (
+        f"2 replicas need as many of each: there are {optimizers} optimizers, {inputs} inputs, "
+        f"{targets} targets"
+    )
+
+
+def test_a_step_that_is_refused_leaves_the_gradients_alone() -> None:
+    gpus = devices(2)
+    replicas = data_parallel.replicate(MLP(4, 2), gpus)
+    optimizers = [torch.optim.SGD(replica.parameters()) for replica in replicas]
+    replicas[0](torch.ones(1, 4, device=gpus[0])).sum().backward()
+    with pytest.raises(ValueError, match="2 replicas need"):
+        data_parallel.train_step(replicas, optimizers, [], [], F.cross_entropy)
+    assert replicas[0][0].weight.grad is not None
+
+
+def test_backward_names_the_counts_that_do_not_match() -> None:
+    replicas = data_parallel.replicate(MLP(4, 2), devices(2))
+    with pytest.raises(ValueError, match="2 replicas need as many of each: there are 1 inputs, 2"):
+        data_parallel.backward_on_shards(replicas, [None], [None] * 2, F.cross_entropy)
 
 
 def test_models_of_different_shapes_cannot_be_compared() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +53,38 @@ def test_an_error_in_the_answer_is_told_in_one_line(exercise):
 @each_exercise(EXERCISES)
 def test_an_answer_that_is_no_function_is_told_in_one_line(exercise):
     assert "not callable" in exercise.judge(4).message
+
+
+@each_exercise(EXERCISES)
+@pytest.mark.parametrize("right", [True, False])
+def test_a_check_leaves_the_dice_as_they_were(exercise, right: bool, monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    devices(2)
+
+    def throws_dice(*arguments):
+        random.seed(3), np.random.seed(3)
+        random.random(), np.random.rand(), torch.rand(1)
+        raise ZeroDivisionError
+
+    before = next_numbers()
+    exercise.judge(exercise.solution if right else throws_dice)
+    assert next_numbers() == before
+    assert seeded == [], "a check seeds no real GPU"
+
+
+def next_numbers() -> list[float]:
+    """What the generators would give next; they are set back."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        numbers = [random.random(), float(np.random.rand()), float(torch.rand(1))]
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    for index in range(2):
+        state = torch.vgpu.get_rng_state(index)
+        numbers.append(float(torch.rand(1, device=f"vgpu:{index}")))
+        torch.vgpu.set_rng_state(state, index)
+    return numbers
 
 
 @each_right_answer(EXERCISES)

@@ -89,6 +89,18 @@ def test_balanced_cuts_are_the_best_of_all_cuts(costs: list[int], data) -> None:
     assert costliest(balanced_cuts(costs, count)) == min(map(costliest, every_way))
 
 
+def test_a_model_on_no_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs at least one device"):
+        LayerParallel(MLP(4, 2), [], [])
+
+
+@pytest.mark.parametrize("cost", [float("nan"), -1, float("inf"), -0.5])
+def test_a_cost_that_is_negative_or_not_finite_is_refused(cost: float) -> None:
+    with pytest.raises(ValueError) as caught:
+        balanced_cuts([3, 1, cost, 2], 2)
+    assert str(caught.value) == f"a layer costs a finite number, 0 or above: costs[2] is {cost}"
+
+
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot cut 2 layers into 3"):
         balanced_cuts([1, 1], 3)

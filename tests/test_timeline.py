@@ -14,7 +14,7 @@ from matplotlib.colors import same_color
 
 import course_lib
 from course_lib import Trace
-from course_lib.timeline import LOOKS
+from course_lib.timeline import LOOKS, MemoryHistory
 from course_lib.virtual.clock import Span
 
 Devices = list[torch.device]
@@ -35,7 +35,8 @@ def by_hand(device_type: str = "vgpu") -> Trace:
         Span("copy", 1, 0.75, 1.0, flops=0, bytes=7, route=(1, None)),
         Span("copy", 0, 0.8, 0.9, flops=0, bytes=50, route=(0, 1)),
     ]
-    return Trace(device_type, 2, spans, [[(0.0, 0), (0.5, 2_000_000)], [(0.0, 1)]], [5, 6], 1.0)
+    memory = [MemoryHistory((0.0, 0), (0.5, 2_000_000)), MemoryHistory((0.0, 1))]
+    return Trace(device_type, 2, spans, memory, [5, 6], 1.0)
 
 
 # What it counts.
@@ -305,6 +306,26 @@ def test_memory_is_drawn_in_megabytes_over_time():
     assert first.get_drawstyle() == "steps-post"
     assert first.get_label() == "vgpu:0" and second.get_label() == "vgpu:1"
     assert "MB" in ax.get_ylabel()
+
+
+def test_a_long_recording_is_drawn_with_as_many_bars_as_an_eye_can_tell():
+    gap = 1e-5  # between spans, in a recording that is half a second long
+    spans = [Span("add", 0, i * gap, (i + 0.5) * gap, 0.0, 4) for i in range(50_000)]
+    memory = MemoryHistory(*[(i * gap, i % 7) for i in range(50_000)])
+    recording = Trace("vgpu", 1, spans, [memory], [6], seconds=0.5)
+    bars = recording.plot().collections[0].get_paths()
+    assert len(bars) < 5000
+    first, last = bars[0].get_extents(), bars[-1].get_extents()
+    assert (first.x0, last.x1) == (0, pytest.approx(500, rel=1e-4))  # milliseconds
+    line = recording.plot_memory().get_lines()[0]
+    assert len(line.get_xdata()) <= 8000
+    assert (min(line.get_ydata()), max(line.get_ydata())) == (0, 6 / 1e6)
+
+
+def test_spans_further_apart_than_a_hair_stay_apart():
+    spans = [Span("add", 0, i / 300, (i + 0.5) / 300, 0.0, 4) for i in range(300)]
+    recording = Trace("vgpu", 1, spans, seconds=1.0)
+    assert len(recording.plot().collections[0].get_paths()) == 300
 
 
 def test_memory_over_time_of_real_gpus_is_said_not_to_be_recorded():

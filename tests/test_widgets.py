@@ -2,9 +2,12 @@
 
 import base64
 
+import ipywidgets
+import matplotlib.pyplot as plt
 import pytest
+import torch
 
-from course_lib import devices, widgets
+from course_lib import devices, style, widgets
 from course_lib.hardware import memory_in_use
 from course_lib.virtual.machine import machine
 
@@ -46,3 +49,59 @@ def test_an_explorer_does_not_disturb_the_devices_in_use() -> None:
     widgets.explore_queues()
     assert (machine.clock.host, memory_in_use(gpu)) == (clock, in_use)
     assert machine.device_count == 1
+
+
+@pytest.mark.parametrize("make", EXPLORERS)
+def test_an_explorer_leaves_the_dice_as_they_were(make) -> None:
+    devices(1)
+    before = torch.get_rng_state(), torch.vgpu.get_rng_state(0)
+    explorer = make()
+    control = explorer.children[0]
+    control.value = control.options[0]
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert torch.equal(torch.vgpu.get_rng_state(0), before[1])
+
+
+def inverse(number: int) -> widgets.Explorer:
+    """An explorer that cannot draw zero."""
+
+    def draw(number: int) -> plt.Figure:
+        figure, ax = style.figure()
+        ax.plot([1 / number])
+        return figure
+
+    return widgets.Explorer(draw, number=widgets.choice("number", [0, 1, 2], number))
+
+
+def test_an_error_stands_in_one_line_where_the_picture_was() -> None:
+    explorer = inverse(2)
+    control, picture = explorer.children
+    control.value = 0
+    assert explorer.children[0] is control
+    (_, line) = explorer.children
+    assert isinstance(line, ipywidgets.HTML)
+    assert line.value == "ZeroDivisionError: division by zero"
+    control.value = 1
+    assert explorer.children == (control, picture)
+    assert picture.layout.opacity == "1"
+
+
+def test_an_explorer_whose_first_picture_fails_is_shown_without_one() -> None:
+    bundle = inverse(0)._repr_mimebundle_()
+    assert bundle["text/plain"] == "<explorer: number=0>"
+    assert "image/png" not in bundle
+
+
+def test_figures_are_closed_whether_or_not_they_were_drawn() -> None:
+    before = plt.get_fignums()
+    explorer = inverse(1)
+    explorer.children[0].value = 0
+    assert plt.get_fignums() == before
+
+
+def test_an_error_message_cannot_be_taken_for_html() -> None:
+    def draw(number: int) -> plt.Figure:
+        raise ValueError("<b>bold</b>\nand more")
+
+    _, line = widgets.Explorer(draw, number=widgets.choice("number", [0], 0)).children
+    assert line.value == "ValueError: &lt;b&gt;bold&lt;/b&gt;"

@@ -16,7 +16,6 @@ from course_lib.exercises.verdict import Verdict, Wrong, check, require_number, 
 def check_sum(sum_on_first: Callable[[list[Tensor]], Tensor]) -> Verdict:
     """Graded on the sum, its device, untouched inputs, and the bytes that crossed each link."""
     with hardware.other_devices(4) as gpus:
-        torch.manual_seed(0)
         originals = [torch.randn(100, 100) for _ in gpus]
         tensors = [tensor.to(gpu) for tensor, gpu in zip(originals, gpus, strict=True)]
         with timeline.trace() as t:
@@ -53,7 +52,6 @@ def check_together(sums_of_powers: Callable[[list[Tensor], int], list[float]]) -
     """Graded on the sums, and on the time: four GPUs may take hardly longer than one."""
     times = 4
     with hardware.other_devices(4) as gpus:
-        torch.manual_seed(0)
         originals = [torch.randn(256, 256) / 16 for _ in gpus]
         matrices = [matrix.to(gpu) for matrix, gpu in zip(originals, gpus, strict=True)]
         with timeline.trace() as alone:

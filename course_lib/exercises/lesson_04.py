@@ -19,7 +19,6 @@ from course_lib.models import GPT, MLP
 def check_forward(forward_across: Callable) -> Verdict:
     """Graded on the output, its device, the first stage's gradients, and the bytes moved."""
     with hardware.other_devices(4) as gpus:
-        torch.manual_seed(0)
         model = MLP(64, 64, 64, 64, 10)
         x = torch.randn(32, 64)
         with torch.no_grad():
@@ -161,7 +160,6 @@ def _costliest(costs: list[float], cuts: list[int]) -> float:
 def check_halves(forward_overlapped: Callable) -> Verdict:
     """Graded on the output, and on the time beside the plain forward pass."""
     with hardware.other_devices(2) as gpus:
-        torch.manual_seed(0)
         model = MLP(64, 512, 512, 512, 512, 10)
         x = torch.randn(512, 64)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What virtual GPUs cost in real time: microseconds for an operator, and the ratio for a GPT step.
+"""What virtual GPUs cost: microseconds an operator, the ratio for a GPT step, memory of a trace.
 
     python tests/benchmarks/bench_virtual.py
 
@@ -8,11 +8,13 @@ falls on both.
 
 from __future__ import annotations
 
+import io
 import os
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +96,35 @@ def bench_gpt(depth: int, width: int, batch: int, length: int, steps: int = 9) -
     )
 
 
+def resident_megabytes() -> float:
+    """Memory of this process (Linux only)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def bench_size(count: int = 1_000_000) -> None:
+    gpu = course_lib.devices(1, course_lib.A100)[0]
+    x = torch.ones(8, 8, device=gpu)
+    x + x
+    before, in_use = resident_megabytes(), course_lib.memory_in_use(gpu)
+    for _ in range(count):
+        x + x
+    print(
+        f"{count:,} short-lived tensors: {course_lib.memory_in_use(gpu) - in_use} bytes more in "
+        f"use, process {resident_megabytes() - before:.1f} MB larger"
+    )
+    before = resident_megabytes()
+    with course_lib.trace() as recording:
+        for _ in range(count):
+            x + x
+    print(f"a trace of {count:,} spans: {resident_megabytes() - before:.0f} MB", end="")
+    for draw in (recording.plot, recording.plot_memory):
+        began = time.perf_counter()
+        draw().figure.savefig(io.BytesIO())
+        print(f", {draw.__name__} in {time.perf_counter() - began:.1f} s", end="")
+    print()
+
+
 def main() -> None:
     os.environ["COURSE_DEVICES"] = "virtual"
     course_lib.devices(1, course_lib.A100)
@@ -101,6 +132,7 @@ def main() -> None:
     bench_operators()
     bench_gpt(depth=2, width=48, batch=8, length=32)
     bench_gpt(depth=6, width=384, batch=8, length=128)
+    bench_size()
 
 
 if __name__ == "__main__":
