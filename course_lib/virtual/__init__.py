@@ -9,6 +9,7 @@ How it works, in the order to read it:
 * ``cost``     the operations and bytes of one operator;
 * ``tensor``   the tensor: unwrap, check, run on the CPU, account, wrap;
 * ``autocast`` which operators ``torch.autocast`` runs in bfloat16;
+* ``interrupt`` Ctrl-C at a moment that can bear it;
 * ``backend``  what tells PyTorch that all this is a device.
 
 What is modelled: one queue (CUDA's default stream) a device, the host that fills the queues, copies
@@ -23,8 +24,8 @@ results here are the CPU's, bit for bit.
 Three things that differ from CUDA in use. ``Module.to`` refuses to move a parameter while an older
 autograd graph holds on to it: move the model before you use it. A random number generator of your
 own (``generator=``) is refused: each device has one, seeded by ``torch.manual_seed``. And
-interrupting a cell (Ctrl-C) is not always safe: at some moments PyTorch's C++ code cannot bear it
-and ends the process, and while a tensor is being freed its bytes can stay counted as in use.
+interrupting (Ctrl-C) is safe only with the handler that ``interrupt`` sets: where a program sets
+one of its own that raises, PyTorch's C++ code can end the process.
 
 Rests on these APIs of PyTorch (tried with 2.13), some of them private:
 ``torch.utils.backend_registration._setup_privateuseone_for_python_backend``,

@@ -7,19 +7,17 @@ done once in a process, and is done when the first virtual GPUs are asked for.
 
 from __future__ import annotations
 
-import ctypes
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any
 
 import torch
-from torch._decomp.decompositions import gru_impl, lstm_impl
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from course_lib.virtual import autocast
+from course_lib.virtual import accelerator, autocast, compiler, interrupt, modules, pinned
 from course_lib.virtual.machine import DEVICE_TYPE, machine
+from course_lib.virtual.streams import Stream
 from course_lib.virtual.tensor import (
     Operator,
     copy_,
@@ -50,24 +48,38 @@ class _DeviceModule:
         return machine.device_count
 
     def current_device(self) -> int:
-        return machine.current_device
+        return machine.clock.current_device
 
     def set_device(self, device: Any) -> None:
-        machine.current_device = _index(device)
+        machine.clock.current_device = _index(device)
 
     @contextmanager
     def device(self, device: Any) -> Iterator[None]:
-        outer, machine.current_device = machine.current_device, _index(device)
+        clock = machine.clock
+        outer, clock.current_device = clock.current_device, _index(device)
         try:
             yield
         finally:
-            machine.current_device = outer
+            clock.current_device = outer
 
     def synchronize(self, device: Any = None) -> None:
         if device is None:
             machine.synchronize()
         else:
-            machine.clock.wait(_index(device))
+            machine.clock.synchronize(_index(device))
+
+    def current_stream(self, device: Any = None) -> Stream:
+        return machine.clock.current[_index(device)]
+
+    def default_stream(self, device: Any = None) -> Stream:
+        return machine.clock.streams[_index(device)][0]
+
+    def set_stream(self, stream: Stream) -> None:
+        if not isinstance(stream, Stream):
+            raise TypeError(
+                f"a stream of a virtual GPU comes from course_lib.stream(device): {stream!r}"
+            )
+        stream.__enter__()  # and nothing leaves it
 
     def memory_allocated(self, device: Any = None) -> int:
         return machine.memories[_index(device)].in_use
@@ -78,6 +90,25 @@ class _DeviceModule:
     def reset_peak_memory_stats(self, device: Any = None) -> None:
         memory = machine.memories[_index(device)]
         memory.peak = memory.in_use
+
+    def memory_reserved(self, device: Any = None) -> int:
+        return self.memory_allocated(device)  # nothing is cached
+
+    def max_memory_reserved(self, device: Any = None) -> int:
+        return self.max_memory_allocated(device)
+
+    def mem_get_info(self, device: Any = None) -> tuple[int, int]:
+        memory = machine.memories[_index(device)]
+        return int(memory.capacity) - memory.in_use, int(memory.capacity)
+
+    def empty_cache(self) -> None:
+        """Nothing is cached."""
+
+    def get_device_name(self, device: Any = None) -> str:
+        return f"virtual {machine.spec.name} {_index(device)}"
+
+    def manual_seed(self, seed: int) -> None:
+        machine.generators[machine.clock.current_device].manual_seed(seed)
 
     def manual_seed_all(self, seed: int) -> None:
         for generator in machine.generators:
@@ -96,47 +127,38 @@ class _DeviceModule:
 def _index(device: Any) -> int:
     """A device given as ``"vgpu:1"``, as a ``torch.device``, as ``1`` or not at all."""
     if device is None:
-        return machine.current_device
+        return machine.clock.current_device
     return index_of(
         torch.device(DEVICE_TYPE, device) if isinstance(device, int) else torch.device(device)
     )
 
 
+def _answers(value: Any) -> property:
+    """A method, for C++ code to call, that answers ``value`` whatever it is asked.
+
+    pybind11 looks the method up, then lets Python handle signals, then calls what it found.
+    """
+
+    @interrupt.uninterrupted
+    def look_up(self: Any) -> Callable[..., Any]:
+        interrupt.cpp.is_asking = True
+        interrupt.take_error()  # _prepare_backward raises it again
+        return answer
+
+    @interrupt.uninterrupted
+    def answer(*args: Any) -> Any:
+        interrupt.cpp.is_asking = False
+        return value
+
+    return property(look_up)
+
+
 class _Hooks(torch._C._acc.PrivateUse1Hooks):
-    def is_available(self) -> bool:
-        return True
-
-    def is_built(self) -> bool:
-        return True
-
-    def has_primary_context(self, index: int) -> bool:
-        return True
+    is_available = is_built = has_primary_context = _answers(True)
 
 
 class _Guard(torch._C._acc.DeviceGuard):
-    def type_(self):
-        # When an operator fails during backward, the engine asks this on its way out, while
-        # Python's error is still set. No Python function can return then, and PyTorch would end
-        # the process. So the error is taken out here; _prepare_backward raises it again.
-        try:
-            _raise_pending_error()
-        except BaseException as error:
-            _failure.error = error
-        return _PRIVATE_USE_1
-
-
-# Called through ctypes, any C function raises the error that is set.
-_raise_pending_error = ctypes.pythonapi.PyErr_Occurred
-_PRIVATE_USE_1 = torch._C._autograd.DeviceType.PrivateUse1
-
-
-class _Failure(threading.local):
-    """The error that ended a backward pass on this thread."""
-
-    error: BaseException | None = None
-
-
-_failure = _Failure()
+    type_ = _answers(torch._C._autograd.DeviceType.PrivateUse1)
 
 
 @cache
@@ -149,9 +171,11 @@ def register() -> list[torch.library.Library]:
     _setup_privateuseone_for_python_backend(
         DEVICE_TYPE, backend_module=_DeviceModule(), hook=_Hooks(), device_guard=_Guard()
     )
-    # Without this, Module.to() gives two tensors for a parameter that two layers share.
-    torch.__future__.set_swap_module_params_on_conversion(True)
+    modules.prepare()
+    accelerator.prepare()
+    compiler.prepare()
     _prepare_backward()
+    interrupt.install()
     library = torch.library.Library("aten", "IMPL")
     _register_operators(library)
     _register_attention(library)
@@ -160,7 +184,7 @@ def register() -> list[torch.library.Library]:
     library.impl("_copy_from", _copy_from, "PrivateUse1")
     # What torch.load does with map_location="vgpu:2": tensors are rebuilt from the CPU's numbers.
     torch.serialization.register_package(9, lambda storage: None, _keep_storage)
-    return [library, *autocast.register()]
+    return [library, *autocast.register(), pinned.register()]
 
 
 def _keep_storage(storage: Any, location: str) -> Any:
@@ -181,13 +205,13 @@ def _prepare_backward() -> None:
         torch._C._set_multithreading_enabled(False)
         try:
             return run_backward(*args, **kwargs)
-        except SystemError:  # the engine failed, and _Guard took its error out
-            if _failure.error is None:
+        except SystemError:  # the engine failed, and its error was taken out
+            if interrupt.failure.error is None:
                 raise
         try:
-            raise _failure.error
+            raise interrupt.failure.error
         finally:
-            _failure.error = None  # a local name would keep the traceback's tensors alive
+            interrupt.failure.error = None  # a local name would keep the traceback's tensors alive
 
     torch.autograd._engine_run_backward = run_on_this_thread
 
@@ -220,14 +244,14 @@ def _never_called(*args: Any, **kwargs: Any) -> Any:
 
 
 def _create(func: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
-    """Run a factory on the CPU and put what it made on the device."""
+    """Run a factory where the numbers are, and put what it made on the device."""
     index = index_of(kwargs["device"])
     if kwargs.get("generator") is not None:
         refuse_generator(kwargs["generator"])
     operator = Operator.of(func)
     with device_generator(index) if operator.is_random else nullcontext():
         try:
-            out = func(*args, **{**kwargs, "device": "cpu"})
+            out = operator.run(*args, **{**kwargs, "device": machine.backing})
         except RuntimeError as error:
             if "can't allocate memory" in str(error):
                 raise torch.OutOfMemoryError(str(error)) from None
@@ -236,14 +260,40 @@ def _create(func: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
 
 
 def _register_recurrent(library: torch.library.Library) -> None:
-    """LSTM and GRU are one fused operator on a GPU; here they are the products they consist of."""
+    """On a GPU a cell of an LSTM or a GRU is one kernel; here it is what the CPU computes."""
     for key in ("AutogradPrivateUse1", "PrivateUse1"):
-        library.impl("lstm.input", lstm_impl, key)
-        library.impl("gru.input", gru_impl, key)
+        library.impl("_thnn_fused_lstm_cell", _lstm_cell, key)
+        library.impl("_thnn_fused_gru_cell", _gru_cell, key)
+
+
+def _lstm_cell(from_input, from_hidden, cell, input_bias=None, hidden_bias=None):
+    gates = _biased(from_hidden, hidden_bias) + _biased(from_input, input_bias)
+    let_in, keep, new, let_out = gates.chunk(4, 1)
+    cell = keep.sigmoid() * cell + let_in.sigmoid() * new.tanh()
+    return let_out.sigmoid() * cell.tanh(), cell, gates
+
+
+def _gru_cell(from_input, from_hidden, hidden, input_bias=None, hidden_bias=None):
+    input_gates = _biased(from_input, input_bias).chunk(3, 1)
+    hidden_gates = _biased(from_hidden, hidden_bias).chunk(3, 1)
+    reset, update = ((hidden_gates[i] + input_gates[i]).sigmoid() for i in (0, 1))
+    new = (input_gates[2] + hidden_gates[2] * reset).tanh()
+    return (hidden - new) * update + new, new
+
+
+def _biased(gates: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return gates if bias is None else gates + bias
 
 
 def _copy_from(source: torch.Tensor, destination: torch.Tensor, non_blocking: bool = False):
     return copy_(Operator.of(aten.copy_.default), (destination, source, non_blocking), {})
+
+
+def _like_on_cpu(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A CPU tensor of the same form, numbers aside, to ask what the CPU would do with it."""
+    if tensor is None or machine.backing.type == "cpu":
+        return getattr(tensor, "inner", tensor)
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
 
 
 def _register_attention(library: torch.library.Library) -> None:
@@ -260,7 +310,7 @@ def _register_attention(library: torch.library.Library) -> None:
         enable_gqa=False,
     ):
         tensors = (query, key, value, attn_mask)
-        inner = [getattr(tensor, "inner", tensor) for tensor in tensors]
+        inner = [_like_on_cpu(tensor) for tensor in tensors]
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             allowed = attn_mask
             attn_mask = torch.zeros_like(allowed, dtype=query.dtype)
@@ -269,7 +319,9 @@ def _register_attention(library: torch.library.Library) -> None:
             *inner, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
         learns_mask = attn_mask is not None and attn_mask.requires_grad
-        if not learns_mask and choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value:
+        on_cuda = machine.backing.type == "cuda"  # where the CPU's algorithm does not run
+        flash = torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
+        if choice == flash and not (learns_mask or on_cuda):
             return aten._scaled_dot_product_flash_attention_for_cpu(
                 query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
             )[0]
