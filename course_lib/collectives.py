@@ -1,15 +1,21 @@
 """Collectives: operations in which every GPU takes part.
 
-They take the tensors of all GPUs at once, one a device, of one shape and dtype, and change them in
-place. Tensors that share a device are taken as well: what moves between them crosses no link.
-PyTorch's own are in ``torch.distributed``; lesson 02 derives the first one.
+They take the tensors of all GPUs at once, one a device, of one shape and dtype. Tensors that share
+a device are taken as well: what moves between them crosses no link. PyTorch's own are in
+``torch.distributed``; lesson 02 derives the first one, lesson 03 the others.
+
+All of them run on the current streams of the devices: they start when those are ready, and what is
+enqueued there afterwards finds them done.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
+
+from course_lib.hardware import current_stream, stream
 
 
 def all_reduce(tensors: Iterable[Tensor]) -> None:
@@ -43,8 +49,164 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
         tensor.copy_(source)
 
 
-def matching(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The tensors as a list, or a clear error if a collective cannot work on them."""
+def tree_all_reduce(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by the sum of all: add pairwise up a tree, then copy down again.
+
+    With N tensors of S bytes it takes 2 log2(N) rounds (rounded up), in each of which whole
+    tensors move, and no device takes part in more than one copy of a round. Takes and raises what
+    :func:`all_reduce` does.
+    """
+    tensors = matching(tensors)
+    distances = [1]
+    while 2 * distances[-1] < len(tensors):
+        distances.append(2 * distances[-1])
+    for distance in distances:
+        for receiver, sender in _pairs(tensors, distance):
+            receiver.add_(sender.to(receiver.device))
+    for distance in reversed(distances):
+        for sender, receiver in _pairs(tensors, distance):
+            receiver.copy_(sender)
+
+
+def _pairs(tensors: list[Tensor], distance: int) -> list[tuple[Tensor, Tensor]]:
+    """Neighbours in one level of the tree: 0 and 1, 2 and 3; then 0 and 2; and so on."""
+    return list(zip(tensors[:: 2 * distance], tensors[distance :: 2 * distance], strict=False))
+
+
+def ring_all_reduce(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by the sum of all, in a ring: a reduce-scatter, then an all-gather.
+
+    With N tensors of S bytes every device sends and receives 2 (N - 1) / N times S bytes, which is
+    the least there is (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters
+    of workstations", 2009). Each chunk is summed on one device and copied, so that all tensors end
+    up bit-identical. ``torch.distributed.all_reduce`` over NCCL uses rings and trees.
+
+    Args:
+        tensors: one a device, contiguous, all of the same shape and dtype. N need not divide them.
+
+    Raises:
+        TypeError: something among them is no tensor.
+        ValueError: there are none, one stands there twice, one is not contiguous, or their shapes
+            or dtypes differ.
+    """
+    tensors = matching(tensors)
+    _require_contiguous(tensors)
+    chunks = [tensor.view(-1).tensor_split(len(tensors)) for tensor in tensors]
+    ring = _Ring([tensor.device for tensor in tensors])
+    ring.reduce_scatter(chunks)
+    ring.all_gather(chunks)
+    ring.finish()
+
+
+def reduce_scatter(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The sum of all tensors, scattered: rank r gets chunk r of it, along dimension 0.
+
+    Every device sends and receives (N - 1) / N times the bytes of a tensor. The tensors are used
+    up: what is returned are parts of them, and their other chunks hold partial sums.
+    ``torch.distributed.reduce_scatter_single`` does this between processes. Takes and raises what
+    :func:`ring_all_reduce` does.
+    """
+    tensors = matching(tensors)
+    _require_contiguous(tensors)
+    chunks = [tensor.tensor_split(len(tensors)) for tensor in tensors]
+    ring = _Ring([tensor.device for tensor in tensors])
+    ring.reduce_scatter(chunks)
+    ring.finish()
+    return [chunks[rank][rank] for rank in range(len(tensors))]
+
+
+def all_gather(shards: Iterable[Tensor]) -> list[Tensor]:
+    """All shards, one after the other along dimension 0, as a new tensor on every device.
+
+    Every device sends and receives (N - 1) / N times the bytes of the whole.
+    ``torch.distributed.all_gather_single`` does this between processes.
+
+    Args:
+        shards: one a device, contiguous, of one dtype and of shapes that differ at most in
+            dimension 0.
+
+    Raises:
+        TypeError: something among them is no tensor.
+        ValueError: there are none, one stands there twice, one is not contiguous, or their shapes
+            or dtypes do not fit.
+    """
+    shards = matching(shards, first_dimension=False)
+    _require_contiguous(shards)
+    sizes = [len(shard) for shard in shards]
+    shape = (sum(sizes), *shards[0].shape[1:])
+    tensors = [torch.empty(shape, dtype=s.dtype, device=s.device) for s in shards]
+    chunks = [tensor.split(sizes) for tensor in tensors]
+    for rank, shard in enumerate(shards):
+        chunks[rank][rank].copy_(shard)
+    ring = _Ring([shard.device for shard in shards])
+    ring.all_gather(chunks)
+    ring.finish()
+    return tensors
+
+
+class _Ring:
+    """Devices in a circle, each of which sends to the next one while it receives from the last.
+
+    A copy waits for the current stream of both its ends. So that a device can send and receive
+    at once, it has a stream for each; what arrives is added on the stream where it arrived.
+
+    The chunks are ``chunks[rank][number]``, as many numbers as ranks. An empty one is not sent.
+    """
+
+    def __init__(self, devices: list[torch.device]) -> None:
+        self.main = [current_stream(device) for device in devices]
+        self.send = [stream(device) for device in devices]
+        self.receive = [stream(device) for device in devices]
+        for rank in range(len(devices)):
+            self.send[rank].wait_stream(self.main[rank])
+            self.receive[rank].wait_stream(self.main[rank])
+
+    def reduce_scatter(self, chunks: list[tuple[Tensor, ...]]) -> None:
+        """In N - 1 rounds every chunk travels once round the ring, growing by each rank's part.
+
+        It sets out next to its owner and ends there: chunk r is complete on rank r.
+        """
+        count = len(chunks)
+        for step in range(count - 1):
+            for rank in range(count):
+                number, following = (rank - step - 1) % count, (rank + 1) % count
+                self._add(chunks[rank][number], chunks[following][number], rank, following)
+            self._next_round()
+
+    def all_gather(self, chunks: list[tuple[Tensor, ...]]) -> None:
+        """In N - 1 rounds every chunk travels from its owner to all others."""
+        count = len(chunks)
+        for step in range(count - 1):
+            for rank in range(count):
+                number, following = (rank - step) % count, (rank + 1) % count
+                if chunks[rank][number].numel():
+                    with self.send[rank], self.receive[following]:
+                        chunks[following][number].copy_(chunks[rank][number])
+            self._next_round()
+
+    def finish(self) -> None:
+        """Let the current streams go on after the ring."""
+        for rank, main in enumerate(self.main):
+            main.wait_stream(self.send[rank])
+            main.wait_stream(self.receive[rank])
+
+    def _add(self, source: Tensor, destination: Tensor, rank: int, following: int) -> None:
+        if source.numel():
+            with self.send[rank], self.receive[following]:
+                destination.add_(source.to(destination.device))
+
+    def _next_round(self) -> None:
+        """What a device sends next is what it has received."""
+        for send, receive in zip(self.send, self.receive, strict=True):
+            send.wait_stream(receive)
+
+
+def matching(tensors: Iterable[Tensor], first_dimension: bool = True) -> list[Tensor]:
+    """The tensors as a list, or a clear error if a collective cannot work on them.
+
+    Args:
+        first_dimension: whether they must agree in it too.
+    """
     if isinstance(tensors, Tensor):  # which would be taken for its rows
         raise TypeError("a collective takes a list with one tensor a device, not a single tensor")
     tensors = list(tensors)
@@ -56,7 +218,7 @@ def matching(tensors: Iterable[Tensor]) -> list[Tensor]:
     if len({id(tensor) for tensor in tensors}) < len(tensors):
         raise ValueError("a collective needs different tensors, and one of these is there twice")
     for what, values in (
-        ("shape", [tuple(tensor.shape) for tensor in tensors]),
+        ("shape", [tuple(tensor.shape)[not first_dimension :] for tensor in tensors]),
         ("dtype", [tensor.dtype for tensor in tensors]),
     ):
         if len(set(values)) > 1:
@@ -64,6 +226,15 @@ def matching(tensors: Iterable[Tensor]) -> list[Tensor]:
     return tensors
 
 
+def _require_contiguous(tensors: list[Tensor]) -> None:
+    for rank, tensor in enumerate(tensors):
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"a ring needs contiguous tensors, and that of rank {rank} is not: "
+                "call .contiguous() on it"
+            )
+
+
 def all_reduce_bytes(device_count: int, nbytes: int) -> int:
-    """Bytes that :func:`all_reduce` moves in all, for tensors of ``nbytes``: 2 (N - 1) S."""
+    """Bytes that any all-reduce here moves in all, for tensors of ``nbytes``: 2 (N - 1) S."""
     return 2 * (device_count - 1) * nbytes

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -32,6 +33,8 @@ LOOKS = {
     "other": {"facecolor": style.SKY, "edgecolor": "white"},
     "copy": {"facecolor": style.ORANGE, "edgecolor": "white", "hatch": "////"},
 }
+# What a device can do at the same time, in the order of the rows.
+LANES = ("computes", "sends", "receives")
 KIND_NAMES = {"matmul": "matrix products", "other": "other operations", "copy": "copies"}
 
 
@@ -105,7 +108,7 @@ class Trace:
         """Seconds in which device ``index`` computed or copied."""
         busy = done = 0.0
         for span in sorted(self.spans, key=lambda span: span.start):
-            if any(index == device for device, _ in span.rows):
+            if index in span.devices:
                 # Copies and products of one device can overlap.
                 busy += max(0.0, span.end - max(span.start, done))
                 done = max(done, span.end)
@@ -131,11 +134,17 @@ class Trace:
     def plot(self, ax: Axes | None = None, title: str = "") -> Axes:
         """Draw the timeline: one row a device, a copy on the rows of both of its ends.
 
-        A side stream has a row of its own. Devices that did nothing are left out.
+        With side streams a device can do several things at once, and has a row for each: what it
+        computes, what it sends, what it receives. Devices that did nothing are left out.
         """
         bars = self._bars()
         rows = sorted({row for row, _ in bars})
-        ax = ax or style.figure(height=1.6 + 0.4 * len(rows))[1]
+        if self._has_side_streams:
+            rows = [(device, lane) for device in sorted({row[0] for row in rows}) for lane in LANES]
+        ax = (
+            ax
+            or style.figure(height=1.6 + (0.26 if self._has_side_streams else 0.4) * len(rows))[1]
+        )
         unit, scale = _unit(self.seconds)
         are_few = len(self.spans) < 200
         for (row, kind), (starts, ends) in sorted(bars.items()):
@@ -146,6 +155,8 @@ class Trace:
             place = (rows.index(row) - 0.36, 0.72)
             ax.broken_barh(stretches, place, linewidth=edge, **LOOKS[kind])
         ax.set_yticks(range(len(rows)), [self._row_name(*row) for row in rows])
+        for first in range(3, len(rows), 3) if self._has_side_streams else ():
+            ax.axhline(first - 0.5, color=style.PALE, linewidth=1, zorder=0)
         ax.set_ylim(len(rows) - 0.4, -0.6)
         ax.set_xlim(0, max(self.seconds * scale, 1e-12))
         ax.set_xlabel(unit)
@@ -155,20 +166,26 @@ class Trace:
             ax.figure.legend(handles=handles, loc="outside lower right", ncols=3)
         return ax
 
+    @cached_property
+    def _has_side_streams(self) -> bool:
+        return any(any(span.streams) for span in self.spans)
+
     def _bars(self) -> dict[tuple[tuple[int, str], str], tuple[np.ndarray, np.ndarray]]:
         """Starts and ends of the spans of each row and kind, in seconds."""
         times: dict[tuple, list[float]] = defaultdict(list)
+        compute, send, receive = LANES if self._has_side_streams else ("", "", "")
         for span in self.spans:
             if span.route is None:  # nearly all: a million of them must not take long
-                key = (span.device, span.streams[0]), "matmul" if span.flops else "other"
+                key = (span.device, compute), "matmul" if span.flops else "other"
                 times[key] += (span.start, span.end)
             else:
-                for row in span.rows:
-                    times[row, "copy"] += (span.start, span.end)
+                for device, lane in zip(span.route, (send, receive), strict=True):
+                    if device is not None:
+                        times[(device, lane), "copy"] += (span.start, span.end)
         return {key: np.array(pairs).reshape(-1, 2).T for key, pairs in times.items()}
 
-    def _row_name(self, index: int, stream: str) -> str:
-        return f"{self._name(index)} {stream}".strip()
+    def _row_name(self, index: int, lane: str) -> str:
+        return lane if lane in LANES[1:] else f"{self._name(index)} {lane}".strip()
 
     def plot_memory(self, ax: Axes | None = None, title: str = "") -> Axes:
         """Draw the bytes in use on each device, as the device goes through its work.
@@ -278,11 +295,6 @@ def _trace_virtual(strict: bool) -> Iterator[Trace]:
     result = Trace(DEVICE_TYPE, count)
     began = clock.host
 
-    def add_span(span: Span) -> None:
-        span.start -= began
-        span.end -= began
-        result.spans.append(span)
-
     def add_hazard(hazard: Hazard) -> None:
         result.hazards.append(hazard)
         if strict:
@@ -292,27 +304,37 @@ def _trace_virtual(strict: bool) -> Iterator[Trace]:
         def add_change(nbytes: int) -> None:
             # The host reserves memory when it enqueues an operation, often long before the
             # device gets there. Drawn at the host's time, all would stand at the left edge.
-            history.append(max(clock.host, clock.current[index].free_at) - began, nbytes)
+            free_at, tasks = clock.current[index].end()
+            if tasks:
+                unsettled.append((history, len(history), tasks))
+            history.append(max(clock.host, free_at) - began, nbytes)
 
         return add_change
 
+    unsettled: list[tuple[MemoryHistory, int, list]] = []
     listeners = []
     for index, memory in enumerate(machine.memories[:count]):
         history = MemoryHistory((0.0, memory.in_use))
         listeners.append(watch(index, history))
         memory.listeners.append(listeners[-1])
         result.memory.append(history)
-    clock.listeners.append(add_span)
+    clock.listeners.append(result.spans.append)
     hazards.listeners.append(add_hazard)
     try:
         yield result
     finally:
         machine.synchronize()
-        clock.listeners.remove(add_span)
+        clock.listeners.remove(result.spans.append)
         hazards.listeners.remove(add_hazard)
         for memory, listener in zip(machine.memories, listeners, strict=False):
             memory.listeners.remove(listener)
         result.seconds = clock.host - began
+        for span in result.spans:
+            span.start -= began
+            span.end -= began
+        for history, place, tasks in unsettled:
+            seconds = clock.end_of(tasks) - began
+            history.seconds[place] = max(history.seconds[place], seconds)
         for history in result.memory:
             history.append(result.seconds, history.nbytes[-1])
             result.peak_memory.append(max(history.nbytes))

@@ -109,7 +109,7 @@ def test_a_span_knows_its_stream_and_the_default_one_has_no_name():
     copy = gpu("gpu_memcpy", "PtoP", 1003.0, 1.0, fromDevice=0, toDevice=1, stream=13)
     spans = spans_from_profiler([TRACE, *kernels, copy])
     assert [span.streams for span in spans] == [("",), ("stream 13",), ("stream 13", "")]
-    assert spans[2].rows == [(0, "stream 13"), (1, "")]
+    assert (spans[2].devices, spans[2].streams) == ((0, 1), ("stream 13", ""))
 
 
 # Regions.

@@ -38,7 +38,7 @@ def test_a_copy_on_side_streams_runs_beside_a_product(gpus: Devices):
     product, copy = spans_of(program)
     assert (product.start, product.end) == (seconds(LAUNCH), seconds(LAUNCH + PRODUCT))
     assert (copy.start, copy.end) == (seconds(2 * LAUNCH), seconds(2 * LAUNCH + COPY))
-    assert copy.rows == [(0, "stream 1"), (1, "stream 1")]
+    assert (product.streams, copy.streams) == (("",), ("stream 1", "stream 1"))
 
 
 def test_a_copy_on_default_streams_waits_for_the_product(gpus: Devices):
@@ -192,6 +192,9 @@ def test_elapsed_time_is_the_time_between_two_events_in_milliseconds(gpus: Devic
     x @ x
     x @ x
     end = main.record_event()
+    with pytest.raises(RuntimeError, match="call synchronize"):
+        start.elapsed_time(end)
+    end.synchronize()
     assert start.elapsed_time(end) == seconds(2 * PRODUCT * 1e3)
     with pytest.raises(RuntimeError, match="call record"):
         start.elapsed_time(course_lib.event(gpus[0]))
@@ -267,15 +270,22 @@ def test_streams_come_from_a_pool_of_32_as_in_pytorch(gpus: Devices):
     assert streams[32] is streams[0]
 
 
-def test_a_side_stream_has_a_row_of_its_own_in_the_picture(gpus: Devices):
+def test_the_picture_shows_what_a_device_does_at_the_same_time(gpus: Devices):
     x = matrix(gpus[0])
-    side = course_lib.stream(gpus[0])
+    sender, receiver = course_lib.stream(gpus[0]), course_lib.stream(gpus[1])
     with course_lib.trace() as recording:
         x @ x
-        with side:
-            x @ x
+        with sender, receiver:
+            x.to(gpus[1])
     labels = [label.get_text() for label in recording.plot().get_yticklabels()]
-    assert labels == ["vgpu:0", "vgpu:0 stream 1"]
+    assert labels == [
+        "vgpu:0 computes",
+        "sends",
+        "receives",
+        "vgpu:1 computes",
+        "sends",
+        "receives",
+    ]
 
 
 # A missing wait.
@@ -476,3 +486,41 @@ def test_a_trace_says_how_many_waits_are_missing(gpus: Devices):
         with course_lib.stream(gpus[0]):
             y + 1
     assert "1 missing wait" in repr(recording)
+
+
+# Side streams that nobody uses change nothing.
+
+
+def test_a_program_on_default_streams_takes_the_same_time_if_side_streams_exist(vgpus: Devices):
+    def run(with_side_stream: bool) -> course_lib.Trace:
+        gpus = course_lib.devices(3)
+        if with_side_stream:
+            course_lib.stream(gpus[0])
+        x = torch.ones(64, 64, device=gpus[0], requires_grad=True)
+        with course_lib.trace() as recording:
+            y = (x @ x).relu().to(gpus[1])
+            if (y @ y).sum().item() > 0:
+                (y @ y).to(gpus[2]).softmax(-1).sum().backward()
+            x.grad.cpu()
+        return recording
+
+    without, with_one = run(False), run(True)
+    assert without.spans == with_one.spans
+    assert [list(history) for history in without.memory] == [list(h) for h in with_one.memory]
+    assert without.seconds == with_one.seconds
+
+
+def test_what_is_enqueued_later_goes_first_if_it_is_ready_first(gpus: Devices):
+    x, side = matrix(gpus[0]), course_lib.stream(gpus[0])
+    main = course_lib.current_stream(gpus[0])
+
+    def program():
+        for _ in range(3):
+            x @ x
+        with side:
+            x @ x
+
+    side.wait_stream(main)
+    first, second, third, late = spans_of(program)
+    # It was ready while the first one ran; the second one was ready when that had ended.
+    assert (late.start, second.start, third.start) == (first.end, late.end, second.end)

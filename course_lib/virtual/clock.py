@@ -1,23 +1,32 @@
 """Simulated time: CUDA's rules of what waits for what, with the seconds computed.
 
-The host enqueues an operation on a stream and goes on. The operation starts when the host has
-enqueued it, everything before it on its stream is done, and the part of the GPU that it needs is
-free. A GPU has one set of cores, which the operations of all its streams take in turns, and for
-each link a part that sends and a part that receives, which work beside the cores and each other.
+The host enqueues an operation on a stream and goes on. The operation is ready when the host has
+enqueued it and everything before it on its stream is done. It starts when the part of the GPU that
+it needs is free. A GPU has one set of cores, which the operations of all its streams take in turns,
+and for each link a part that sends and a part that receives, which work beside the cores and each
+other. What is ready first goes first.
 
 A copy between two devices takes its place on the current stream of both, as PyTorch's does: it
 waits for both, and both go on after it. Only a read of a value, or ``synchronize``, makes the
 host wait.
+
+As long as each device has its default stream alone, an operation's times are known when it is
+enqueued. With side streams they are not: something enqueued later may be ready sooner. Then
+operations wait in a list until the host waits for one of them, or a trace ends.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import count
+from typing import Any
 
 from course_lib.virtual.spec import Spec
 from course_lib.virtual.streams import STREAMS_A_DEVICE, Stream, Ticket, remember
+
+DEFAULT = ("",)  # the name of the default stream, shared by the spans of a million operations
 
 
 @dataclass(slots=True)
@@ -56,49 +65,59 @@ class Span:
         return "matmul" if self.flops else "other"
 
     @property
-    def rows(self) -> list[tuple[int, str]]:
-        """``(device, stream)`` of each queue that it keeps busy."""
-        if self.route is None:
-            return [(self.device, self.streams[0])]
-        ends = [device for device in self.route if device is not None]
-        return list(zip(ends, self.streams, strict=False))
+    def devices(self) -> tuple[int | None, ...]:
+        """Whom it keeps busy: one device, or both ends of a copy, ``None`` being the host."""
+        return (self.device,) if self.route is None else self.route
 
 
 class Engine:
-    """A part of a GPU that does one thing at a time: its cores, or one end of a link.
+    """A part of a GPU that does one thing at a time: its cores, or one end of a link."""
 
-    The work of all streams shares it. It does first what is ready first: a later piece of work
-    goes into an earlier gap if it is ready by then and fits.
-    """
-
-    __slots__ = ("busy",)
+    __slots__ = ("free_at",)
 
     def __init__(self) -> None:
-        self.busy: list[list[float]] = []  # [start, end] of each stretch of work, in order
+        self.free_at = 0.0
 
-    def earliest(self, ready: float, seconds: float) -> float:
-        """When work that takes ``seconds`` and could start at ``ready`` can start here."""
-        busy = self.busy
-        if not busy or ready >= busy[-1][1]:
-            return ready
-        start = ready
-        for began, ended in busy[max(0, bisect_right(busy, [ready]) - 1) :]:
-            if start + seconds <= began:
-                return start
-            start = max(start, ended)
-        return start
 
-    def take(self, start: float, end: float, now: float) -> None:
-        """Work from ``start`` to ``end``; nothing will ever again start before ``now``."""
-        busy = self.busy
-        if not busy or start > busy[-1][1]:
-            if busy and busy[-1][1] <= now:
-                busy.clear()
-            busy.append([start, end])
-        elif start == busy[-1][1]:
-            busy[-1][1] = end
+class Task:
+    """An operation whose times are not known yet.
+
+    Attributes:
+        seconds: how long it takes.
+        engines: what it needs to run.
+        ready: when it can start as far as is known: the host has enqueued it, and the operations
+            that it waits for, apart from those in ``missing``, are done.
+        missing: how many operations it waits for whose times are not known.
+        followers: the operations that wait for it.
+        spans: what its times are to be noted in when they are known.
+        end: when it is done; ``None`` until that is known.
+    """
+
+    __slots__ = ("end", "engines", "followers", "missing", "ready", "seconds", "spans")
+
+    def __init__(
+        self, seconds: float, engines: list[Engine], ready: float, spans: list[Span]
+    ) -> None:
+        self.seconds, self.engines, self.ready, self.spans = seconds, engines, ready, spans
+        self.missing = 0
+        self.followers: list[Task] = []
+        self.end: float | None = None
+
+    def wait_for(self, other: Task) -> None:
+        if other.end is None:
+            self.missing += 1
+            other.followers.append(self)
         else:
-            busy.insert(bisect_right(busy, [start]), [start, end])
+            self.ready = max(self.ready, other.end)
+
+    def run(self) -> None:
+        """Take the engines as soon as they are free; the times are known then."""
+        start = max(self.ready, *[engine.free_at for engine in self.engines])
+        self.end = start + self.seconds
+        for engine in self.engines:
+            engine.free_at = self.end
+        for span in self.spans:
+            span.start, span.end = start, self.end
 
 
 class Clock:
@@ -132,6 +151,8 @@ class Clock:
         self._receivers = [Engine() for _ in range(device_count)]
         self._to_host = [Engine() for _ in range(device_count)]
         self._from_host = [Engine() for _ in range(device_count)]
+        self._ready: list[tuple[float, int, Task]] = []  # a heap of what waits for nothing
+        self._numbers = count()
 
     def compute(self, name: str, device: int, flops: float, nbytes: int, peak: float) -> Ticket:
         """Enqueue an operation: it takes as long as its arithmetic or its memory traffic does.
@@ -147,21 +168,19 @@ class Clock:
             seconds = max(seconds, flops / peak)
         self.host = host = self.host + spec.launch_overhead
         stream = self.current[device]
-        start = stream.free_at
-        if start < host:
-            start = host
-        cores = self._cores[device]
-        if self.has_side_streams:
-            start = cores.earliest(start, seconds)
-        stream.free_at = end = start + seconds
-        cores.take(start, end, host)
-        stream.count = count = stream.count + 1
+        stream.count += 1
+        start = end = stream.free_at
+        if not self.has_side_streams:
+            if start < host:
+                start = host
+            stream.free_at = self._cores[device].free_at = end = start + seconds
+        spans = []
         if self.listeners:
-            for listen in self.listeners:
-                listen(
-                    Span(name, device, start, end, flops, nbytes, None, self.region, stream.names)
-                )
-        return (stream, count, name)
+            names = (stream.name,) if stream.name else DEFAULT
+            spans = self._tell(name, device, start, end, flops, nbytes, None, self.region, names)
+        if self.has_side_streams:
+            self._enqueue(seconds, [self._cores[device]], [stream], spans)
+        return (stream, stream.count, name)
 
     def copy(
         self, source: int | None, destination: int | None, nbytes: int, host_waits: bool = True
@@ -182,31 +201,67 @@ class Clock:
             bandwidth = spec.host_bandwidth
             engines = [self._from_host[ends[0]] if source is None else self._to_host[ends[0]]]
         self.host += spec.launch_overhead
-        seconds = spec.latency + nbytes / bandwidth
-        ready = max(self.host, *(stream.free_at for stream in streams))
-        start = _earliest(engines, ready, seconds)
-        end = start + seconds
-        for engine in engines:
-            engine.take(start, end, self.host)
         streams[0].wait_stream(streams[-1])
         streams[0].count += 1
-        ticket = (streams[0], streams[0].count, "copy")
-        for stream in streams:
-            stream.free_at = end
+        names = tuple([stream.name for stream in streams])
+        route = (source, destination)
+        spans = self._tell("copy", ends[0], 0.0, 0.0, 0, nbytes, route, self.region, names)
+        task = self._enqueue(spec.latency + nbytes / bandwidth, engines, streams, spans)
+        if not self.has_side_streams:
+            self._settle(task)
+            for stream in streams:
+                stream.settle()
         streams[-1].wait_stream(streams[0])
         if len(ends) == 1 and host_waits:
             streams[0].synchronize()
-        for listen in self.listeners:
-            names = tuple(stream.name for stream in streams)
-            route = (source, destination)
-            listen(Span("copy", ends[0], start, end, 0, nbytes, route, self.region, names))
-        return ticket
+        return (streams[0], streams[0].count, "copy")
+
+    def _tell(self, *what: Any) -> list[Span]:
+        """Give every listener a span of its own."""
+        spans = [Span(*what) for _ in self.listeners]
+        for listen, span in zip(self.listeners, spans, strict=True):
+            listen(span)
+        return spans
+
+    def _enqueue(
+        self, seconds: float, engines: list[Engine], streams: list[Stream], spans: list[Span]
+    ) -> Task:
+        task = Task(seconds, engines, self.host, spans)
+        for stream in streams:
+            stream.put(task)
+        if not task.missing:
+            heappush(self._ready, (task.ready, next(self._numbers), task))
+        return task
+
+    def _settle(self, task: Task) -> None:
+        """Work out the times of ``task``, and of all that is ready before it."""
+        while task.end is None:
+            self._run_earliest()
+
+    def settle_what_is_ready(self) -> None:
+        """Work out the times of all that is ready by the host's clock; the rest is not done."""
+        while self._ready and self._ready[0][0] <= self.host:
+            self._run_earliest()
+
+    def _run_earliest(self) -> None:
+        _, _, task = heappop(self._ready)
+        task.run()
+        for follower in task.followers:
+            follower.missing -= 1
+            follower.ready = max(follower.ready, task.end)
+            if not follower.missing:
+                heappush(self._ready, (follower.ready, next(self._numbers), follower))
+
+    def end_of(self, tasks: list[Task]) -> float:
+        """When all ``tasks`` are done; zero if there are none."""
+        for task in tasks:
+            self._settle(task)
+        return max([task.end for task in tasks], default=0.0)
 
     def wait(self, seconds: float, stream: Stream, count: int, seen: dict[Stream, int]) -> None:
-        """Make the host wait for the first ``count`` operations of ``stream``.
+        """Make the host wait until ``seconds``, for the first ``count`` operations of ``stream``.
 
         Args:
-            seconds: when they are done.
             seen: what they came after themselves.
         """
         if self.host < seconds:
@@ -227,13 +282,3 @@ class Clock:
             streams.append(Stream(self, device, f"stream {len(streams)}"))
             return streams[-1]
         return streams[1 + (self._made[device] - 1) % STREAMS_A_DEVICE]
-
-
-def _earliest(engines: list[Engine], ready: float, seconds: float) -> float:
-    """When work that needs all ``engines`` at once can start."""
-    start = ready
-    while True:
-        latest = max(engine.earliest(start, seconds) for engine in engines)
-        if latest == start:
-            return start
-        start = latest

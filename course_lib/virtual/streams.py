@@ -10,6 +10,7 @@ The methods have the names that ``torch.cuda.Stream`` and ``torch.cuda.Event`` g
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ import torch
 from course_lib.virtual.spec import DEVICE_TYPE
 
 if TYPE_CHECKING:
-    from course_lib.virtual.clock import Clock
+    from course_lib.virtual.clock import Clock, Task
 
 # An operation: its stream, its number on that stream, its name.
 Ticket = tuple["Stream", int, str]
@@ -32,30 +33,40 @@ class Stream:
     Attributes:
         device_index: which virtual GPU.
         name: ``""`` for the default stream of its device, then ``"stream 1"`` and so on.
-        free_at: simulated seconds at which all that was enqueued is done.
+        free_at: simulated seconds at which the next operation can start, as far as is known.
         count: how many operations have been enqueued.
         seen: for other streams, how many of their operations the next one here comes after.
     """
-
-    __slots__ = ("_outer", "clock", "count", "device_index", "free_at", "name", "names", "seen")
 
     def __init__(self, clock: Clock, device_index: int, name: str) -> None:
         self.clock = clock
         self.device_index = device_index
         self.name = name
-        self.names = (name,)  # made once, for every span to share
         self.free_at = 0.0
         self.count = 0
         self.seen: dict[Stream, int] = {}
+        self._waits_for: list[Task] = []  # the next operation does, and when they end is not known
         self._outer: list[tuple[int, Stream]] = []
 
     @property
     def device(self) -> torch.device:
         return torch.device(DEVICE_TYPE, self.device_index)
 
+    def put(self, task: Task) -> None:
+        """Enqueue ``task``: it comes after all that is here, and all that comes next after it."""
+        task.ready = max(task.ready, self.free_at)
+        for earlier in self._waits_for:
+            task.wait_for(earlier)
+        self._waits_for = [task]
+
+    def settle(self) -> None:
+        """Find out when all that is enqueued here is done."""
+        self.free_at = max(self.free_at, self.clock.end_of(self._waits_for))
+        self._waits_for = []
+
     def wait_stream(self, other: Stream) -> None:
         """Let what is enqueued here from now on start after all that is on ``other`` now."""
-        self.come_after(other.free_at, other, other.count, other.seen)
+        self._come_after(other._now())
 
     def wait_event(self, event: Event) -> None:
         """Let what is enqueued here from now on start after ``event``."""
@@ -69,11 +80,12 @@ class Stream:
 
     def synchronize(self) -> None:
         """Make the host wait for all that is enqueued here."""
+        self.settle()
         self.clock.wait(self.free_at, self, self.count, self.seen)
 
     def query(self) -> bool:
         """Whether all that was enqueued is done, by the host's clock."""
-        return self.free_at <= self.clock.host
+        return self._now().is_past()
 
     def is_after(self, ticket: Ticket) -> bool:
         """Whether the next operation here starts only when that of ``ticket`` is done."""
@@ -83,16 +95,17 @@ class Stream:
         done = max(self.seen.get(stream, 0), self.clock.seen_by_host.get(stream, 0))
         return done >= number
 
-    def come_after(
-        self, seconds: float, other: Stream, count: int, seen: dict[Stream, int]
-    ) -> None:
-        """Wait for the first ``count`` operations of ``other``, done at ``seconds``.
+    def end(self) -> tuple[float, list[Task]]:
+        """When all that is enqueued here is done: not before these seconds and these tasks."""
+        return self.free_at, list(self._waits_for)
 
-        Args:
-            seen: what those operations came after themselves.
-        """
-        self.free_at = max(self.free_at, seconds)
-        remember(self.seen, other, count, seen)
+    def _now(self) -> Moment:
+        return Moment(self, self.free_at, list(self._waits_for), self.count, dict(self.seen))
+
+    def _come_after(self, moment: Moment) -> None:
+        self.free_at = max(self.free_at, moment.seconds)
+        self._waits_for += [task for task in moment.tasks if task not in self._waits_for]
+        remember(self.seen, moment.stream, moment.count, moment.seen)
 
     def __enter__(self) -> Stream:
         clock = self.clock
@@ -126,6 +139,34 @@ def remember(known: dict[Stream, int], stream: Stream, count: int, seen: dict[St
             known[other] = number
 
 
+@dataclass
+class Moment:
+    """When so much of a stream's work is done.
+
+    Attributes:
+        seconds: not before this.
+        tasks: nor before these are done.
+        count: how many operations of the stream are.
+        seen: what they came after themselves.
+    """
+
+    stream: Stream
+    seconds: float
+    tasks: list[Task]
+    count: int
+    seen: dict[Stream, int]
+
+    def settle(self) -> float:
+        """The simulated seconds at which it comes."""
+        return max(self.seconds, self.stream.clock.end_of(self.tasks))
+
+    def is_past(self) -> bool:
+        """Whether it has come, by the host's clock."""
+        clock = self.stream.clock
+        clock.settle_what_is_ready()
+        return all(task.end is not None for task in self.tasks) and self.settle() <= clock.host
+
+
 class Event:
     """A moment in the work of a stream, for other streams or the host to wait for.
 
@@ -135,37 +176,41 @@ class Event:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self._recorded: tuple[float, Stream, int, dict[Stream, int]] | None = None
+        self._moment: Moment | None = None
 
     def record(self, stream: Stream | None = None) -> None:
         """Let the event happen when all that is enqueued on ``stream`` now is done."""
-        stream = stream or self._stream
-        seconds = max(stream.free_at, stream.clock.host)
-        self._recorded = (seconds, stream, stream.count, dict(stream.seen))
+        self._moment = (stream or self._stream)._now()
+        self._moment.seconds = max(self._moment.seconds, self._stream.clock.host)
 
     def wait(self, stream: Stream | None = None) -> None:
         """Let what is enqueued on ``stream`` from now on start after the event.
 
         As on CUDA, an event that was never recorded is no reason to wait.
         """
-        if self._recorded is not None:
-            (stream or self._stream).come_after(*self._recorded)
+        if self._moment is not None:
+            (stream or self._stream)._come_after(self._moment)
 
     def synchronize(self) -> None:
         """Make the host wait for the event."""
-        if self._recorded is not None:
-            self._stream.clock.wait(*self._recorded)
+        moment = self._moment
+        if moment is not None:
+            moment.stream.clock.wait(moment.settle(), moment.stream, moment.count, moment.seen)
 
     def query(self) -> bool:
         """Whether the event has happened, by the host's clock."""
-        return self._recorded is None or self._recorded[0] <= self._stream.clock.host
+        return self._moment is None or self._moment.is_past()
 
     def elapsed_time(self, end: Event) -> float:
         """Milliseconds from this event to ``end``.
 
         Raises:
-            RuntimeError: one of the two was never recorded.
+            RuntimeError: one of the two was never recorded, or has not happened yet.
         """
-        if self._recorded is None or end._recorded is None:
+        if self._moment is None or end._moment is None:
             raise RuntimeError("elapsed_time needs two events that were recorded: call record()")
-        return (end._recorded[0] - self._recorded[0]) * 1e3
+        if not (self.query() and end.query()):
+            raise RuntimeError(
+                "elapsed_time needs two events that have happened: call synchronize() first"
+            )
+        return (end._moment.settle() - self._moment.settle()) * 1e3
