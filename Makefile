@@ -27,15 +27,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The committed outputs are those of virtual GPUs, on a machine with real ones too. The models are
 # small, and tests run side by side: more threads would only get in each other's way.
-test unit nb notebooks: export COURSE_DEVICES := virtual
-test unit nb notebooks: export OMP_NUM_THREADS := 1
+test unit nb notebooks conformance: export COURSE_DEVICES := virtual
+test unit nb notebooks conformance: export OMP_NUM_THREADS := 1
 
 # In a container one is often root, and Jupyter wants to be told that this is meant.
 ifeq ($(shell id -u),0)
 ROOT := --allow-root
 endif
 
-.PHONY: help lab test unit nb notebooks images bench lint constraints clean
+.PHONY: help lab test unit nb notebooks conformance images bench lint constraints clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -56,6 +56,9 @@ test: $(STAMP) ## Check all: lint, unit tests, then every notebook against its o
 
 unit: $(STAMP) ## Run the unit tests only
 	$(PYTEST) $(UNIT)
+
+conformance: $(STAMP) ## Compare all of PyTorch's own test databases with the CPU (minutes)
+	$(PYTEST) $(UNIT) tests/conformance
 
 nb: $(STAMP) ## Check every notebook against its committed outputs only
 	$(PYTEST) $(NBVAL)

@@ -524,3 +524,27 @@ def test_what_is_enqueued_later_goes_first_if_it_is_ready_first(gpus: Devices):
     first, second, third, late = spans_of(program)
     # It was ready while the first one ran; the second one was ready when that had ended.
     assert (late.start, second.start, third.start) == (first.end, late.end, second.end)
+
+
+# Copies from and to the host.
+
+
+def host_waits_for(program) -> bool:
+    """Whether the host waits for a copy of 4 MB, which takes 0.8 s."""
+    began = course_lib.host_seconds()
+    program()
+    return course_lib.host_seconds() - began > 0.5
+
+
+def test_the_host_does_not_wait_for_a_copy_to_or_from_pinned_memory(gpus: Devices):
+    plain, pinned = torch.ones(1_000_000), torch.ones(1_000_000).pin_memory()
+    there = torch.ones(1_000_000, device=gpus[0])
+    course_lib.synchronize()
+    assert host_waits_for(lambda: plain.to(gpus[0], non_blocking=True))
+    assert host_waits_for(lambda: pinned.to(gpus[0]))
+    assert host_waits_for(lambda: there.cpu())
+    assert host_waits_for(lambda: plain.copy_(there, non_blocking=True))
+    assert not host_waits_for(lambda: pinned.to(gpus[0], non_blocking=True))
+    assert not host_waits_for(lambda: pinned.copy_(there, non_blocking=True))
+    # As on CUDA, the memory that PyTorch allocates for it is pinned.
+    assert not host_waits_for(lambda: there.to("cpu", non_blocking=True))

@@ -3,33 +3,54 @@
 How it works, in the order to read it:
 
 * ``spec``     what a GPU can do: speeds and sizes, as data;
-* ``clock``    simulated time: what waits for what, and how long each thing takes;
+* ``streams``  queues of work, events, and what waits for what;
+* ``clock``    simulated time: how long each thing takes, and when it runs;
+* ``hazards``  waits between streams that a program lacks;
 * ``memory``   bytes in use on each device;
+* ``pinned``   host memory that can be copied from while the host goes on;
 * ``machine``  the simulated computer: some GPUs, their memories, their clock, their dice;
 * ``cost``     the operations and bytes of one operator;
-* ``tensor``   the tensor: unwrap, check, run on the CPU, account, wrap;
-* ``autocast`` which operators ``torch.autocast`` runs in bfloat16;
-* ``interrupt`` Ctrl-C at a moment that can bear it;
-* ``backend``  what tells PyTorch that all this is a device.
+* ``tensor``   the tensor: unwrap, check, run on the backing device, account, wrap;
+* ``backend``  what tells PyTorch that all this is a device;
+* ``adapters`` one file for each part of PyTorch that takes for granted what devices there are:
+  ``torch.accelerator``, attention, autocast, Ctrl-C, ``Module.to``, ``torch.load`` and so on.
 
-What is modelled: one queue (CUDA's default stream) a device, the host that fills the queues, copies
-that keep both ends busy, reads that make the host wait, a roofline time for each operator, memory
-counted once for each piece of storage.
+The numbers are those of an ordinary tensor inside each virtual one. It is on the CPU (``backing``
+``"cpu"``), on a real GPU that several virtual ones share (``"cuda:0"``), or has a shape alone
+(``"meta"``).
 
-What is not: caches, kernels that reach less than the peak, contention between links, the rounding
-of allocations and the fragmentation of memory, side streams and events, pinned memory, CUDA graphs,
+What is modelled: streams and events; a GPU's cores, which take one operation at a time, and the two
+directions of its links, which work beside them; the host that fills the queues; reads that make the
+host wait; a roofline time for each operator; memory counted once for each piece of storage.
+
+What is not: caches, kernels that reach less than the peak, two kernels that share the cores,
+contention between links, the rounding of allocations and the fragmentation of memory, CUDA graphs,
 ``torch.compile``, sparse and quantized tensors, and the order in which a real GPU adds numbers up:
 results here are the CPU's, bit for bit.
 
-Three things that differ from CUDA in use. ``Module.to`` refuses to move a parameter while an older
-autograd graph holds on to it: move the model before you use it. A random number generator of your
-own (``generator=``) is refused: each device has one, seeded by ``torch.manual_seed``. And
-interrupting (Ctrl-C) is safe only with the handler that ``interrupt`` sets: where a program sets
-one of its own that raises, PyTorch's C++ code can end the process.
+What differs from CUDA in use:
+
+* backward enqueues its work on the streams that are current where ``backward()`` is called; CUDA's
+  autograd enqueues each part on the stream of its forward;
+* the current stream of a device is the same for all threads;
+* ``torch.Stream`` and ``torch.Event`` do nothing here: use ``course_lib.stream`` and ``event``;
+* a tensor freed while another stream still reads it is not reported: on a GPU its memory could be
+  given away, unless ``record_stream`` was called;
+* optimizers run parameter by parameter, as on the CPU, unless they are told ``foreach=True``;
+* ``Module.to`` refuses to move a parameter while an older autograd graph holds on to it: move the
+  model before you use it;
+* a random number generator of your own (``generator=``) is refused: each device has one, seeded by
+  ``torch.manual_seed``;
+* interrupting (Ctrl-C) is safe only with the handler that ``interrupt`` sets: where a program sets
+  one of its own that raises, PyTorch's C++ code can end the process.
+
+What is proven: ``tests/conformance`` runs PyTorch's own databases of operators, modules and
+optimizers; its ``exceptions.py`` lists what is not equal to the CPU bit for bit. How close the
+times are to a real GPU's is for ``MEASURED.md`` to say.
 
 Rests on these APIs of PyTorch (tried with 2.13), some of them private:
 ``torch.utils.backend_registration._setup_privateuseone_for_python_backend``,
 ``torch.Tensor._make_wrapper_subclass``, ``__torch_dispatch__``, ``torch.library.Library.impl``,
-``torch.autograd._engine_run_backward``, ``torch.utils.flop_counter.flop_registry`` and
-``torch.__future__.set_swap_module_params_on_conversion``.
+``torch.autograd._engine_run_backward``, ``torch.utils.flop_counter.flop_registry``; the adapters
+name theirs.
 """

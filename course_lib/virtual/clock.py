@@ -17,6 +17,7 @@ operations wait in a list until the host waits for one of them, or a trace ends.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -120,6 +121,12 @@ class Task:
             span.start, span.end = start, self.end
 
 
+class _Here(threading.local):
+    """Every thread has a current device of its own."""
+
+    device = 0
+
+
 class Clock:
     """The host's time and each stream's, in simulated seconds since the machine started.
 
@@ -127,7 +134,7 @@ class Clock:
         host: what the host's clock says.
         streams: for each device its streams, the default one first.
         current: for each device the stream that work is enqueued on.
-        current_device: index of the device that is meant when none is named.
+        current_device: index of the device that this thread means when it names none.
         ended: whether other virtual GPUs, with a clock of their own, took the place of these.
         has_side_streams: whether any device has more than its default stream.
         seen_by_host: how many of each stream's operations the host has waited for.
@@ -138,7 +145,7 @@ class Clock:
         self.host = 0.0
         self.streams = [[Stream(self, index, "")] for index in range(device_count)]
         self.current = [streams[0] for streams in self.streams]
-        self.current_device = 0
+        self._here = _Here()
         self.ended = False
         self.has_side_streams = False
         self._made = [0] * device_count
@@ -153,6 +160,14 @@ class Clock:
         self._from_host = [Engine() for _ in range(device_count)]
         self._ready: list[tuple[float, int, Task]] = []  # a heap of what waits for nothing
         self._numbers = count()
+
+    @property
+    def current_device(self) -> int:
+        return self._here.device
+
+    @current_device.setter
+    def current_device(self, device: int) -> None:
+        self._here.device = device
 
     def compute(self, name: str, device: int, flops: float, nbytes: int, peak: float) -> Ticket:
         """Enqueue an operation: it takes as long as its arithmetic or its memory traffic does.

@@ -86,7 +86,8 @@ class Spec:
         names = [field.name for field in fields(self)]
         if unknown := [name for name in changes if name not in names]:
             raise TypeError(f"a Spec has no {unknown[0]!r}; it has {', '.join(names)}")
-        return replace(self, **{"name": f"{self.name} (changed)", **changes})
+        name = f"{self.name.removesuffix(' (changed)')} (changed)"
+        return replace(self, **{"name": name, **changes})
 
     def peak_flops(self, dtype: torch.dtype) -> float:
         """Peak FLOP/s of a matrix product in ``dtype``."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -23,6 +24,7 @@ from course_lib.virtual import hazards
 from course_lib.virtual.cost import bytes_formula, flops_formula, runs_nothing
 from course_lib.virtual.machine import DEVICE_TYPE, machine
 from course_lib.virtual.memory import Allocation
+from course_lib.virtual.pinned import is_pinned
 
 aten = torch.ops.aten
 
@@ -80,12 +82,33 @@ class VirtualTensor(torch.Tensor):
     def __array__(self, dtype=None, copy=None):
         return self.numpy()
 
+    def __deepcopy__(self, memo: dict) -> torch.Tensor:
+        if id(self) in memo:
+            return memo[id(self)]
+        if not self.is_leaf:
+            raise RuntimeError("only a tensor that is no result of others can be deep-copied")
+        result = self.detach().clone()
+        if isinstance(self, torch.nn.Parameter):
+            result = torch.nn.Parameter(result, self.requires_grad)
+        else:  # a parameter's copy has no gradient, a tensor's has
+            result.requires_grad_(self.requires_grad)
+            result.grad = copy.deepcopy(self.grad, memo)
+        memo[id(self)] = result
+        return result
+
     def __reduce_ex__(self, protocol: int) -> tuple:
         # Saved as the CPU tensor and the name of the device, as PyTorch does for other devices
         # whose memory it cannot read; torch.load(weights_only=True) knows the function.
         numbers = self.detach().cpu()
         rebuild = torch._utils._rebuild_device_tensor_from_cpu_tensor
         return rebuild, (numbers, self.dtype, str(self.device), self.requires_grad)
+
+    def new_tensor(self, data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
+        # PyTorch would ask its guard for the current device, and mean this tensor's.
+        return super().new_tensor(data, device=self.device if device is None else device, **options)
+
+    def pin_memory(self, device: Any = None) -> torch.Tensor:
+        raise RuntimeError(f"cannot pin a tensor on {self.device}: only CPU tensors can be pinned")
 
     def tolist(self) -> Any:
         return self.detach().cpu().tolist()
@@ -213,7 +236,7 @@ def execute(operator: Operator, args: tuple, kwargs: dict) -> Any:
         _check_host_tensors(operator, index, host_tensors)
     if "device" in kwargs:
         index = _target_of(kwargs["device"], index)
-        inner_kwargs["device"] = machine.backing if index is not None else "cpu"
+        inner_kwargs["device"] = machine.backing if index is not None else kwargs["device"]
         if index is None:
             return operator.run(*inner_args, **inner_kwargs)
     if operator.host_waits:
@@ -312,13 +335,17 @@ def device_generator(index: int) -> Iterator[None]:
         yield
         return
     own, standard = machine.generators[index], machine.standard_generator()
-    saved = standard.get_state()
-    standard.set_state(own.get_state())
-    try:
-        yield
-    finally:
-        own.set_state(standard.get_state())
-        standard.set_state(saved)
+    with _dice:
+        saved = standard.get_state()
+        standard.set_state(own.get_state())
+        try:
+            yield
+        finally:
+            own.set_state(standard.get_state())
+            standard.set_state(saved)
+
+
+_dice = threading.RLock()  # all threads share the standard generator
 
 
 def _unwrap(value: Any, tensors: list[VirtualTensor], host_tensors: list[torch.Tensor]) -> Any:
@@ -441,10 +468,12 @@ def _to_copy(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
     if device is None or device == source.device:
         return execute(operator, args, {**kwargs, "device": source.device})
     destination = _target_of(device, source.index)
+    if device.type == "meta":
+        return operator.run(source.inner, **kwargs)  # the shape goes, and no number
     if destination is None:
         _check_has_numbers(".to('cpu')")
         inner = operator.run(source.inner, **{**kwargs, "device": "cpu"})
-        _charge_copy(source, inner)
+        _charge_copy(source, inner, host_waits=not kwargs.get("non_blocking"))
         return inner
     outer = wrap(operator.run(source.inner, **{**kwargs, "device": machine.backing}), destination)
     _charge_copy(source, outer)
@@ -459,7 +488,9 @@ def copy_(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
     elif isinstance(source, VirtualTensor) and destination.index == source.index:
         return execute(operator, args, kwargs)
     operator.run(_inner(destination), _inner(source), *args[2:], **kwargs)
-    _charge_copy(source, destination)
+    non_blocking = any(args[2:]) or kwargs.get("non_blocking", False)
+    on_host = source if isinstance(destination, VirtualTensor) else destination
+    _charge_copy(source, destination, host_waits=not (non_blocking and is_pinned(on_host)))
     return destination
 
 
@@ -467,7 +498,7 @@ def _inner(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.inner if isinstance(tensor, VirtualTensor) else tensor
 
 
-def _charge_copy(source: torch.Tensor, destination: torch.Tensor) -> None:
+def _charge_copy(source: torch.Tensor, destination: torch.Tensor, host_waits: bool = True) -> None:
     """Charge the clock for a copy; a tensor that is not virtual is on the host."""
     is_read, is_written = (isinstance(end, VirtualTensor) for end in (source, destination))
     clock = machine.clock
@@ -475,6 +506,7 @@ def _charge_copy(source: torch.Tensor, destination: torch.Tensor) -> None:
         source.index if is_read else None,
         destination.index if is_written else None,
         source.nbytes,
+        host_waits,
     )
     if clock.has_side_streams:
         hazards.check(ticket, [source] * is_read, [destination] * is_written)

@@ -1,4 +1,7 @@
-"""PyTorch's operator database, as far as a float32 CPU goes."""
+"""PyTorch's own databases of operators, modules and optimisers.
+
+They belong to PyTorch's tests, and hold for each entry the arguments that PyTorch tests it with.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,22 @@ import types
 import unittest
 from typing import Any
 
-import pytest
+import torch
 
+try:
+    import expecttest  # noqa: F401
+except ImportError:
+    # PyTorch's test helpers want this package for a base class, which the databases never use.
+    stand_in = types.ModuleType("expecttest")
+    stand_in.TestCase = unittest.TestCase
+    sys.modules["expecttest"] = stand_in
 
-def _load() -> list[Any]:
-    try:
-        import expecttest  # noqa: F401
-    except ImportError:
-        # PyTorch's test helpers want this package for a base class, which the database never uses.
-        stand_in = types.ModuleType("expecttest")
-        stand_in.TestCase = unittest.TestCase
-        sys.modules["expecttest"] = stand_in
-    import torch
-    from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
+from torch.testing._internal.common_optimizers import optim_db
 
-    return [op for op in op_db if op.supports_dtype(torch.float32, "cpu")]
-
-
-OPERATORS = [pytest.param(op, id=op.full_name) for op in _load()]
+OPERATORS: dict[str, Any] = {
+    op.full_name: op for op in op_db if op.supports_dtype(torch.float32, "cpu")
+}
+MODULES: dict[str, Any] = {module.name: module for module in module_db}
+OPTIMIZERS: dict[str, Any] = {optimizer.optim_cls.__name__: optimizer for optimizer in optim_db}

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin, is_lazy
 
+from course_lib.virtual.tensor import Operator
+
 
 class _Moving(threading.local):
     now = False
@@ -30,6 +32,9 @@ _moving = _Moving()
 def prepare() -> None:
     """Change PyTorch as the module's text says. To be called once."""
     _swap_while_moving()
+    # Module.to asks it of tensors on two devices, and under inference_mode it gets as far as here.
+    compatible = torch.ops.aten._has_compatible_shallow_copy_type.default
+    Operator.of(compatible).handler = lambda operator, args, kwargs: False
     _materialize_where_told()
 
 

@@ -1,0 +1,53 @@
+"""``scaled_dot_product_attention`` picks its algorithm by device; here it picks the CPU's."""
+
+from __future__ import annotations
+
+import torch
+
+from course_lib.virtual.machine import machine
+
+aten = torch.ops.aten
+
+
+def register(library: torch.library.Library) -> None:
+    """Register the operator for virtual GPUs."""
+    for key in ("AutogradPrivateUse1", "PrivateUse1"):
+        library.impl("scaled_dot_product_attention", _attention, key)
+
+
+def _attention(
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+):
+    tensors = (query, key, value, attn_mask)
+    inner = [_like_on_cpu(tensor) for tensor in tensors]
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        allowed = attn_mask
+        attn_mask = torch.zeros_like(allowed, dtype=query.dtype)
+        attn_mask.masked_fill_(allowed.logical_not(), float("-inf"))
+    choice = torch._fused_sdp_choice(
+        *inner, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    learns_mask = attn_mask is not None and attn_mask.requires_grad
+    on_cuda = machine.backing.type == "cuda"  # where the CPU's algorithm does not run
+    flash = torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
+    if choice == flash and not (learns_mask or on_cuda):
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )[0]
+    return aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )[0]
+
+
+def _like_on_cpu(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A CPU tensor of the same form, numbers aside, to ask what the CPU would do with it."""
+    if tensor is None or machine.backing.type == "cpu":
+        return getattr(tensor, "inner", tensor)
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
