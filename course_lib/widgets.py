@@ -18,10 +18,19 @@ import torch
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
-from course_lib import data_parallel, hardware, style, timeline
+from course_lib import (
+    collectives,
+    data_parallel,
+    hardware,
+    pipeline,
+    schedules,
+    style,
+    timeline,
+)
 from course_lib.layer_parallel import LayerParallel
-from course_lib.models import MLP
-from course_lib.virtual.spec import CLASSROOM, Spec
+from course_lib.models import MLP, Block
+from course_lib.tensor_parallel import ParallelBlock
+from course_lib.virtual.spec import A100, CLASSROOM, Spec
 
 
 class Explorer(ipywidgets.VBox):
@@ -232,6 +241,129 @@ def _measure_data_parallel(count: int, batch: int, width: int, spec: Spec) -> tu
         with timeline.trace() as exchange:
             data_parallel.all_reduce_gradients(replicas)
     return computing.seconds, exchange.seconds
+
+
+def explore_all_reduce() -> Explorer:
+    """Lesson 03: the seconds of three ways to all-reduce."""
+    ways = {
+        "naive": collectives.all_reduce,
+        "tree": collectives.tree_all_reduce,
+        "ring": collectives.ring_all_reduce,
+    }
+
+    def draw(count: int, kilobytes: float, latency: float, link: float) -> Figure:
+        spec = CLASSROOM.with_(
+            launch_overhead=0.0,
+            latency=latency * 1e-6,
+            link_bandwidth=CLASSROOM.link_bandwidth * link,
+        )
+        numel = round(kilobytes * 1e3 / 4)
+        milliseconds = [_measure_all_reduce(way, count, numel, spec) * 1e3 for way in ways.values()]
+        fastest = list(ways)[milliseconds.index(min(milliseconds))]
+        figure, ax = style.figure(height=2.4)
+        ax.barh(list(ways), milliseconds, color=style.ORANGE, hatch="////", edgecolor="white")
+        for place, taken in enumerate(milliseconds):
+            ax.text(taken, place, f"  {taken:.3g} ms", va="center")
+        ax.set(xlabel="milliseconds", xlim=(0, 1.15 * max(milliseconds)))
+        ax.set_title(f"{kilobytes:g} kB on {count} GPUs: fastest is {fastest} (simulated)")
+        ax.invert_yaxis()
+        return figure
+
+    return Explorer(
+        draw,
+        count=choice("GPUs", [2, 3, 4, 8, 16], 8),
+        kilobytes=choice("kilobytes", [0.04, 0.4, 4, 40, 400, 4000], 4),
+        latency=choice("latency, microseconds", [1, 2.5, 5, 10, 25, 100], 2.5),
+        link=choice("link speed, times this GPU's", [0.1, 0.5, 1, 2, 10, 100], 1),
+    )
+
+
+def _measure_all_reduce(way: Callable, count: int, numel: int, spec: Spec) -> float:
+    with hardware.other_devices(count, spec, backing="meta") as gpus:
+        tensors = [torch.empty(numel, device=gpu) for gpu in gpus]
+        with timeline.trace() as t:
+            way(tensors)
+    return t.seconds
+
+
+def explore_schedules() -> Explorer:
+    """Lesson 05: the drawing and the bubble of a schedule."""
+    makers = {
+        "naive": schedules.naive,
+        "GPipe": schedules.gpipe,
+        "1F1B": schedules.one_f_one_b,
+        "interleaved, two stages a GPU": lambda p, m: schedules.interleaved(p, m, 2),
+        "zero bubble": schedules.zero_bubble,
+    }
+
+    def draw(name: str, count: int, microbatches: int, transfer: float) -> Figure:
+        schedule = makers[name](count, microbatches)
+        part = 0.5 if "interleaved" in name else 1.0  # of a stage that is half as long
+        figure, ax = style.figure(height=1.4 + 0.36 * count)
+        pipeline.draw(
+            schedule, ax, forward=part, input_gradient=part, weight_gradient=part, transfer=transfer
+        )
+        held = max(schedules.held(schedule))
+        ax.set_title(f"{ax.get_title(loc='left')}; at most {held} activations held", loc="left")
+        return figure
+
+    return Explorer(
+        draw,
+        name=choice("schedule", list(makers), "1F1B"),
+        count=choice("GPUs", [2, 4, 8], 4),
+        microbatches=choice("microbatches", [8, 16, 32], 8),
+        transfer=choice("a transfer, in forwards", [0, 0.1, 0.25, 0.5], 0),
+    )
+
+
+def explore_tensor_parallel() -> Explorer:
+    """Lesson 06: computing and waiting of a transformer block on one to eight A100."""
+    counts = [1, 2, 4, 8]
+
+    def draw(width: int, tokens: int, link: int) -> Figure:
+        spec = A100.with_(launch_overhead=0.0, link_bandwidth=link * 1e9)
+        seconds = [_measure_block(count, width, tokens, spec) for count in counts]
+        products = [first * 1e3 for first, _ in seconds]
+        total = [whole * 1e3 for _, whole in seconds]
+        rest = [whole - product for whole, product in zip(total, products, strict=True)]
+        figure, ax = style.figure(height=3.0)
+        places = range(len(counts))
+        ax.bar(places, products, color=style.BLUE, label="matrix products")
+        ax.bar(
+            places, rest, bottom=products, label="all else: exchange, norms, sums",
+            color=style.ORANGE, hatch="////", edgecolor="white", linewidth=0,
+        )  # fmt: skip
+        for place, milliseconds in zip(places, total, strict=True):
+            speed_up = f"{total[0] / milliseconds:.2f}x"
+            ax.text(place, milliseconds, speed_up, ha="center", va="bottom")
+        ax.set_xticks(places, counts)
+        ax.set(xlabel="A100", ylabel="milliseconds", ylim=(0, 1.15 * max(total)))
+        ax.set_title("One block, forward and backward (simulated; speed-up above each bar)")
+        figure.legend(loc="outside lower right", ncols=2)
+        return figure
+
+    return Explorer(
+        draw,
+        width=choice("width", [1024, 2048, 4096, 8192], 4096),
+        tokens=choice("tokens", [512, 1024, 2048, 4096], 2048),
+        link=choice("link, GB/s", [3, 25, 64, 300, 450], 300),
+    )
+
+
+def _measure_block(count: int, width: int, tokens: int, spec: Spec) -> tuple[float, float]:
+    """Seconds in matrix products on one GPU, and of the whole."""
+    with hardware.other_devices(count, spec, backing="meta") as gpus:
+        with gpus[0]:
+            block = ParallelBlock(Block(width, 32, 0.0), gpus).bfloat16()
+        xs = [
+            torch.empty(tokens, 1, width, dtype=torch.bfloat16, device=gpu, requires_grad=True)
+            for gpu in gpus
+        ]
+        with timeline.trace() as t:
+            outs = block(xs)
+            torch.autograd.backward(outs, [torch.empty_like(out) for out in outs])
+    products = t.seconds_by_kind()["matmul"] / count
+    return products, t.seconds
 
 
 def explore_stages() -> Explorer:

@@ -110,6 +110,9 @@ class VirtualTensor(torch.Tensor):
     def pin_memory(self, device: Any = None) -> torch.Tensor:
         raise RuntimeError(f"cannot pin a tensor on {self.device}: only CPU tensors can be pinned")
 
+    def record_stream(self, stream: Any) -> None:
+        """Nothing to do: memory here is reused in the order of the program."""
+
     def tolist(self) -> Any:
         return self.detach().cpu().tolist()
 

@@ -1,0 +1,171 @@
+"""Checks of lesson 05: a schedule of one's own, the loss of a microbatch, how many microbatches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from course_lib import hardware, timeline
+from course_lib.exercises.verdict import Verdict, Wrong, check, right
+from course_lib.pipeline import Pipeline, step_times
+from course_lib.schedules import Schedule, Step, gpipe, held
+from course_lib.schedules import check as check_schedule
+
+GPUS, MICROBATCHES, MOST_HELD = 2, 4, 2
+
+
+@check
+def check_write(my_schedule: Callable[[], list[list[str]]]) -> Verdict:
+    """Graded on legality, activations held and time, on paper; then it is run."""
+    schedule = _from_words(my_schedule())
+    try:
+        check_schedule(schedule)
+    except ValueError as error:
+        raise Wrong(f"this cannot run: {error}.") from None
+    most = max(held(schedule))
+    taken, allowed = _length(schedule), _length(gpipe(GPUS, MICROBATCHES))
+    facts = [
+        ("activations held", str(most), f"at most {MOST_HELD}"),
+        ("time, in forwards", f"{taken:g}", f"at most {allowed:g}"),
+    ]
+    if most > MOST_HELD:
+        raise Wrong(f"a GPU holds {most} activations at once: go backward earlier.", facts)
+    if taken > allowed:
+        raise Wrong("it takes longer than GPipe: some GPU waits where it need not.", facts)
+    seconds = _run(schedule)
+    return right(
+        f"legal, thrifty and as fast as GPipe. Run on two GPUs: {seconds * 1e3:.0f} ms "
+        "(simulated), with the gradients of one GPU.",
+        facts,
+    )
+
+
+def _from_words(lists: list[list[str]]) -> Schedule:
+    """``[["F0", "B0"], ...]`` as a schedule."""
+    if not isinstance(lists, (list, tuple)) or len(lists) != GPUS:
+        raise Wrong(f"return {GPUS} lists of words, one for each GPU.")
+    steps = []
+    for gpu, words in enumerate(lists):
+        row = []
+        for word in words:
+            if not (isinstance(word, str) and word[:1] in ("F", "B") and word[1:].isdigit()):
+                raise Wrong(
+                    f"GPU {gpu}: {word!r} is no step. A step is a word such as 'F0' or 'B3'."
+                )
+            row.append(Step(word[0], gpu, int(word[1:])))
+        steps.append(row)
+    return Schedule("yours", MICROBATCHES, list(range(GPUS)), steps)
+
+
+def _length(schedule: Schedule) -> float:
+    return max(end for _, end in step_times(schedule).values())
+
+
+def _run(schedule: Schedule) -> float:
+    """Simulated seconds of a real step by this schedule, after comparing its gradients."""
+    layers = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256)).double()
+    x, y = torch.randn(256, 256).double(), torch.randint(0, 256, (256,))
+    with hardware.other_devices(GPUS) as gpus:
+        parts = [nn.Linear(256, 256).double() for _ in range(2)]
+        for part, layer in zip(parts, layers, strict=True):
+            part.load_state_dict(layer.state_dict())
+        model = Pipeline(nn.Sequential(*parts), gpus, [1])
+        with timeline.trace() as t:
+            model.forward_backward(schedule, x, y, F.cross_entropy)
+        F.cross_entropy(layers(x), y).backward()
+        for ours, single in zip(model.parameters(), layers.parameters(), strict=True):
+            assert torch.allclose(ours.grad.cpu(), single.grad)
+    return t.seconds
+
+
+@check
+def check_share(microbatch_loss: Callable[[Tensor, Tensor, int, int, int], Tensor]) -> Verdict:
+    """Graded on the gradient of a whole batch, cut evenly and unevenly, on several pipelines."""
+    for sizes, stages in (([4, 4, 4, 4], 4), ([6, 5, 5], 2), ([7, 1], 3), ([9], 1)):
+        scores, targets = torch.randn(sum(sizes), 10), torch.randint(0, 10, (sum(sizes),))
+        whole = scores.clone().requires_grad_()
+        F.cross_entropy(whole, targets).backward()
+        gradients = []
+        for part, labels in zip(scores.split(sizes), targets.split(sizes), strict=True):
+            part = part.clone().requires_grad_()
+            loss = microbatch_loss(part, labels, sum(sizes), len(sizes), stages)
+            if not isinstance(loss, Tensor) or loss.dim() != 0:
+                raise Wrong("return a loss: a tensor that is a single number.")
+            loss.backward()
+            gradients.append(part.grad)
+        ours = torch.cat(gradients)
+        if not torch.allclose(ours, whole.grad, atol=1e-7):
+            raise Wrong(
+                f"for microbatches of {sizes} examples on {stages} stages it is not the batch's "
+                f"gradient. {_likely(ours, whole.grad, sizes, stages)}"
+            )
+    return right("even and uneven microbatches, however many stages.")
+
+
+def _likely(ours: Tensor, expected: Tensor, sizes: list[int], stages: int) -> str:
+    """Which mistake a gradient looks like."""
+    count, total = len(sizes), sum(sizes)
+    means = torch.cat(
+        [part * (total / size) for part, size in zip(expected.split(sizes), sizes, strict=True)]
+    )
+    causes = {
+        "This is the sum of the microbatches' means: weight them.": means,
+        "This is the plain mean of the microbatches' means, which are of different sizes.": (
+            means / count
+        ),
+        "The stages do not share the loss: each has the gradient of the whole loss with respect "
+        "to its own part. Do not divide by them.": expected / stages,
+        "The stages do not share the loss, and the microbatches are of different sizes.": (
+            means / (count * stages)
+        ),
+        "This is the sum over all examples; the mean is asked for.": expected * total,
+    }
+    for words, gradient in causes.items():
+        if torch.allclose(ours, gradient, atol=1e-6):
+            return words
+    return "Compare it with a mean over all examples."
+
+
+@check
+def check_choose(choose_microbatches: Callable[..., int | None]) -> Verdict:
+    """Graded on several batches, pipelines and memories."""
+    for B, p, an_example, room, smallest in (
+        (512, 4, 1000, 1e9, 1),
+        (512, 4, 1000, 1e9, 16),
+        (512, 4, 1000, 128_000, 8),
+        (512, 4, 1000, 100_000, 4),
+        (60, 8, 10, 600, 7),
+        (64, 8, 10, 640, 32),
+        (64, 4, 1000, 1000, 4),
+    ):
+        given = (
+            f"B = {B}, p = {p}, {an_example} bytes an example, {room:g} bytes of room, at least "
+            f"{smallest} examples"
+        )
+        fits = [
+            m
+            for m in range(1, B + 1)
+            if B % m == 0 and B // m >= smallest and min(m, p) * (B // m) * an_example <= room
+        ]
+        expected = max(fits, default=None)
+        ours = choose_microbatches(B, p, an_example, room, smallest)
+        if ours == expected:
+            continue
+        if ours is None or expected is None:
+            raise Wrong(f"for {given}: {expected} is right, and yours is {ours}.")
+        raise Wrong(
+            f"for {given}: {expected} is right, yours is {ours}. {_reason(ours, B, p)}"
+        )
+    return right("as many microbatches as fit, and no smaller than allowed.")
+
+
+def _reason(ours: int, B: int, p: int) -> str:
+    if B % ours:
+        return "It must divide the batch."
+    return (
+        f"A microbatch has {B // ours} examples then, and the first GPU holds {min(ours, p)} "
+        "microbatches at once."
+    )

@@ -1,0 +1,468 @@
+"""Tensor parallelism: one layer on several GPUs, a group of its neurons on each.
+
+What lessons 06 and 07 derive. Shoeybi and others, "Megatron-LM", 2019; the sequence regions are
+from Korthikanti and others, "Reducing Activation Recomputation in Large Transformer Models", 2022.
+PyTorch's own is ``torch.distributed.tensor.parallel``.
+
+A value is a list with one tensor a device. In a *split* region each device works on its own
+neurons or heads. Between two such regions all have the same tensor (*replicated*), or, with
+sequence parallelism, each its own part of the sequence. At every border stands a collective, in
+one direction or in both; those of a pair are each other backwards:
+
+    =================  ==============  ==============  ==========================
+    border             forward         backward        what the papers call it
+    =================  ==============  ==============  ==========================
+    copy_to_ranks      nothing         all-reduce      f
+    reduce_from_ranks  all-reduce      nothing         g; f-bar in the second one
+    gather_sequence    all-gather      reduce-scatter  g in the second one
+    scatter_sequence   reduce-scatter  all-gather      g-bar
+    =================  ==============  ==============  ==========================
+
+A replicated value is one value in many places, and so is the loss: the backward pass starts in
+all of them, with ``torch.autograd.backward(losses)``.
+
+Activations are sequence first, [T, B, D], so that a part of the sequence is one piece of memory.
+Shape suffixes are those of ``models``; a part of V is still V.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from course_lib.collectives import all_gather, reduce_scatter, ring_all_reduce
+from course_lib.models import GPT, Attention, Block
+
+Devices = Sequence[torch.device]
+Tensors = Sequence[Tensor]
+
+
+class _Border(torch.autograd.Function):
+    """One collective on the way there, another on the way back; called alike, with lists."""
+
+    @staticmethod
+    def forward(ctx, there: Callable, back: Callable, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.there, ctx.back = there, back
+        return tuple(there(tensors))
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        missing = [gradient is None for gradient in gradients]
+        if all(missing):
+            return None, None, *gradients
+        if any(missing):
+            raise RuntimeError(
+                "a device has no gradient to take part with: start the backward pass from the "
+                "losses of all, torch.autograd.backward(losses)"
+            )
+        return None, None, *_Border.apply(ctx.back, ctx.there, *gradients)
+
+
+def copy_to_ranks(tensors: Tensors) -> list[Tensor]:
+    """From a replicated region into a split one: the gradients are summed on the way back."""
+    return _cross(tensors, _same, _summed)
+
+
+def reduce_from_ranks(tensors: Tensors) -> list[Tensor]:
+    """From a split region into a replicated one: every device gets the sum."""
+    return _cross(tensors, _summed, _same)
+
+
+def gather_sequence(tensors: Tensors) -> list[Tensor]:
+    """From parts of the sequence, [T/N, B, D], into a split region, [T, B, D].
+
+    What the split region keeps for the backward pass is the whole. Korthikanti and others keep
+    the part, and gather once more.
+    """
+    return _cross(tensors, _gathered, _scattered)
+
+
+def scatter_sequence(tensors: Tensors) -> list[Tensor]:
+    """From a split region, [T, B, D], to parts of the sequence, [T/N, B, D], of the sum."""
+    return _cross(tensors, _scattered, _gathered)
+
+
+def _cross(tensors: Tensors, there: Callable, back: Callable) -> list[Tensor]:
+    if isinstance(tensors, Tensor):  # which would be taken for its rows
+        raise TypeError("a value here is a list with one tensor a device, not a single tensor")
+    return list(_Border.apply(there, back, *tensors))
+
+
+def _same(tensors: Tensors) -> list[Tensor]:
+    return [tensor.view_as(tensor) for tensor in tensors]
+
+
+def _summed(tensors: Tensors) -> list[Tensor]:
+    sums = _contiguous_copies(tensors)
+    ring_all_reduce(sums)
+    return sums
+
+
+def _gathered(tensors: Tensors) -> list[Tensor]:
+    return all_gather([tensor.contiguous() for tensor in tensors])
+
+
+def _scattered(tensors: Tensors) -> list[Tensor]:
+    # Copied once more, since a part of a tensor keeps all of it in memory.
+    return [part.clone() for part in reduce_scatter(_contiguous_copies(tensors))]
+
+
+def _contiguous_copies(tensors: Tensors) -> list[Tensor]:
+    # The collectives write into what they are given, which autograd may need for something else.
+    return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
+
+
+def _enter(tensors: Tensors, sequence_parallel: bool) -> list[Tensor]:
+    return gather_sequence(tensors) if sequence_parallel else copy_to_ranks(tensors)
+
+
+def _leave(tensors: Tensors, sequence_parallel: bool) -> list[Tensor]:
+    return scatter_sequence(tensors) if sequence_parallel else reduce_from_ranks(tensors)
+
+
+class Shards(nn.ParameterList):
+    """One parameter on several devices: a part of it on each, or a copy.
+
+    Args:
+        whole: the parameter; it stays as it is.
+        dimension: along which to cut it; ``None`` for copies.
+        groups: cut each of so many equal groups of rows, as of queries, keys and values.
+        partial_gradients: whether each copy gets only a part of the parameter's gradient.
+
+    Raises:
+        ValueError: there are no devices, or more of them than rows.
+    """
+
+    def __init__(
+        self,
+        whole: Tensor,
+        devices: Devices,
+        dimension: int | None = None,
+        groups: int = 1,
+        partial_gradients: bool = False,
+    ) -> None:
+        if not devices:
+            raise ValueError("tensor parallelism needs at least one device")
+        self.dimension, self.groups = dimension, groups
+        self.partial_gradients = partial_gradients
+        parts = [whole] * len(devices) if dimension is None else self._cut(whole, len(devices))
+        super().__init__(
+            # A view would keep the whole in memory.
+            nn.Parameter(part.detach().to(device, copy=True).contiguous())
+            for part, device in zip(parts, devices, strict=True)
+        )
+
+    def _cut(self, whole: Tensor, count: int) -> list[Tensor]:
+        rows = whole.shape[self.dimension] // self.groups
+        if rows < count:
+            raise ValueError(f"cannot cut {rows} rows into {count} parts, one for each device")
+        grouped = whole.unflatten(self.dimension, (self.groups, rows))
+        parts = grouped.tensor_split(count, self.dimension + 1)
+        return [part.flatten(self.dimension, self.dimension + 1) for part in parts]
+
+    def join(self, parts: Tensors) -> Tensor:
+        """The whole, on the host, of ``parts`` that are cut as these are, such as gradients."""
+        parts = [part.detach().cpu() for part in parts]
+        if self.dimension is None:
+            return parts[0]
+        grouped = [part.unflatten(self.dimension, (self.groups, -1)) for part in parts]
+        return torch.cat(grouped, self.dimension + 1).flatten(self.dimension, self.dimension + 1)
+
+
+class ColumnLinear(nn.Module):
+    """A linear layer with some of its neurons on each device: Y_r = X A_r + b_r.
+
+    A neuron is a column of the papers' A, and a row of PyTorch's weight.
+
+    Args:
+        linear: the layer on one device; as with all layers here, it stays as it is.
+        groups: as :class:`Shards` takes them.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, devices: Devices, sequence_parallel: bool = False, groups: int = 1
+    ) -> None:
+        super().__init__()
+        self.sequence_parallel = sequence_parallel
+        self.weight = Shards(linear.weight, devices, 0, groups)
+        self.bias = None if linear.bias is None else Shards(linear.bias, devices, 0, groups)
+
+    def forward(self, xs_TBD: Tensors) -> list[Tensor]:
+        xs_TBD = _enter(xs_TBD, self.sequence_parallel)
+        biases = self.bias or [None] * len(xs_TBD)
+        return [F.linear(*each) for each in zip(xs_TBD, self.weight, biases, strict=True)]
+
+
+class RowLinear(nn.Module):
+    """A linear layer with some of its inputs on each device: Y = X_0 A_0 + X_1 A_1 + ... + b."""
+
+    def __init__(
+        self, linear: nn.Linear, devices: Devices, sequence_parallel: bool = False
+    ) -> None:
+        super().__init__()
+        self.sequence_parallel = sequence_parallel
+        self.weight = Shards(linear.weight, devices, 1)
+        self.bias = None
+        if linear.bias is not None:
+            self.bias = Shards(linear.bias, devices, partial_gradients=sequence_parallel)
+
+    def forward(self, xs: Tensors) -> list[Tensor]:
+        terms = [F.linear(x, weight) for x, weight in zip(xs, self.weight, strict=True)]
+        sums_TBD = _leave(terms, self.sequence_parallel)
+        # Added to the sum: a bias in each device's term would count N times.
+        return _add(sums_TBD, self.bias) if self.bias else sums_TBD
+
+
+def _add(xs: Tensors, ys: Tensors) -> list[Tensor]:
+    return [x + y for x, y in zip(xs, ys, strict=True)]
+
+
+class ParallelMLP(nn.Module):
+    """A linear layer, an activation and a linear layer: nothing moves between the two."""
+
+    def __init__(
+        self, mlp: nn.Sequential, devices: Devices, sequence_parallel: bool = False
+    ) -> None:
+        super().__init__()
+        up, self.activation, down = mlp
+        self.up = ColumnLinear(up, devices, sequence_parallel)
+        self.down = RowLinear(down, devices, sequence_parallel)
+
+    def forward(self, xs_TBD: Tensors) -> list[Tensor]:
+        return self.down([self.activation(hidden) for hidden in self.up(xs_TBD)])
+
+
+class ParallelAttention(nn.Module):
+    """Causal self-attention with some of the heads on each device.
+
+    Raises:
+        ValueError: the heads do not divide over the devices.
+    """
+
+    def __init__(
+        self, attention: Attention, devices: Devices, sequence_parallel: bool = False
+    ) -> None:
+        super().__init__()
+        if devices and attention.heads % len(devices):
+            raise ValueError(f"{attention.heads} heads do not divide over {len(devices)} devices")
+        self.head_width = attention.out.in_features // attention.heads
+        # Its neurons are all queries, then all keys, then all values: a device needs some of each.
+        self.qkv = ColumnLinear(attention.qkv, devices, sequence_parallel, groups=3)
+        self.out = RowLinear(attention.out, devices, sequence_parallel)
+
+    def forward(self, xs_TBD: Tensors) -> list[Tensor]:
+        return self.out([self._attend(qkv) for qkv in self.qkv(xs_TBD)])
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        T, B, _ = qkv.shape
+        qkv_T_B_3_H_K = qkv.view(T, B, 3, -1, self.head_width)
+        q_BHTK, k_BHTK, v_BHTK = qkv_T_B_3_H_K.permute(2, 1, 3, 0, 4)
+        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
+        return y_BHTK.permute(2, 0, 1, 3).reshape(T, B, -1)
+
+
+class CopiedNorm(nn.Module):
+    """A layer norm, the same on every device."""
+
+    def __init__(
+        self, norm: nn.LayerNorm, devices: Devices, sequence_parallel: bool = False
+    ) -> None:
+        super().__init__()
+        self.eps = norm.eps
+        self.weight = Shards(norm.weight, devices, partial_gradients=sequence_parallel)
+        self.bias = Shards(norm.bias, devices, partial_gradients=sequence_parallel)
+
+    def forward(self, xs_TBD: Tensors) -> list[Tensor]:
+        return [
+            F.layer_norm(x_TBD, weight.shape, weight, bias, self.eps)
+            for x_TBD, weight, bias in zip(xs_TBD, self.weight, self.bias, strict=True)
+        ]
+
+
+class ParallelBlock(nn.Module):
+    """One transformer block: two split regions, two all-reduces forward and two backward.
+
+    Raises:
+        ValueError: the block has dropout.
+    """
+
+    def __init__(self, block: Block, devices: Devices, sequence_parallel: bool = False) -> None:
+        super().__init__()
+        if block.dropout.p:
+            # It would need equal masks where the devices hold the same, and different ones
+            # where they hold different parts.
+            raise ValueError("tensor parallelism here knows no dropout: build with dropout=0")
+        self.norm_1 = CopiedNorm(block.norm_1, devices, sequence_parallel)
+        self.attention = ParallelAttention(block.attention, devices, sequence_parallel)
+        self.norm_2 = CopiedNorm(block.norm_2, devices, sequence_parallel)
+        self.mlp = ParallelMLP(block.mlp, devices, sequence_parallel)
+
+    def forward(self, xs_TBD: Tensors) -> list[Tensor]:
+        xs_TBD = _add(xs_TBD, self.attention(self.norm_1(xs_TBD)))
+        return _add(xs_TBD, self.mlp(self.norm_2(xs_TBD)))
+
+
+class VocabularyEmbedding(nn.Module):
+    """An embedding with the vectors of some tokens on each device, which has zeros for others."""
+
+    def __init__(
+        self, embedding: nn.Embedding, devices: Devices, sequence_parallel: bool = False
+    ) -> None:
+        super().__init__()
+        self.sequence_parallel = sequence_parallel
+        self.weight = Shards(embedding.weight, devices, 0)
+
+    def forward(self, tokens_TB: Tensor) -> list[Tensor]:
+        terms = [
+            F.embedding(rows_TB, weight).masked_fill(absent_TB.unsqueeze(-1), 0)
+            for weight, rows_TB, absent_TB in _look_up(tokens_TB, self.weight, 0)
+        ]
+        return _leave(terms, self.sequence_parallel)
+
+
+def vocabulary_cross_entropy(scores: Tensors, targets_BT: Tensor) -> list[Tensor]:
+    """Mean cross-entropy of scores that are divided by vocabulary, and never gathered.
+
+    Each device adds up the exponentials of its own scores and picks the targets that it has. What
+    moves is three numbers a token: a largest one, so that no exponential overflows, and two sums.
+
+    Args:
+        scores: on each device, of shape (B, T, its part of V).
+        targets_BT: from wherever they are.
+
+    Returns:
+        The same loss on every device.
+    """
+    logs = [part.logsumexp(-1) for part in scores]
+    targets = [
+        part.gather(-1, rows_BT.unsqueeze(-1)).squeeze(-1).masked_fill(absent_BT, 0)
+        for part, rows_BT, absent_BT in _look_up(targets_BT, scores, -1)
+    ]
+    gathered = all_gather([log.detach().unsqueeze(0) for log in logs])
+    largest = [each.amax(0) for each in gathered]
+    terms = [
+        torch.stack([(log - most).exp(), target])
+        for log, most, target in zip(logs, largest, targets, strict=True)
+    ]
+    return [
+        (total.log() + most - target).mean()
+        for (total, target), most in zip(reduce_from_ranks(terms), largest, strict=True)
+    ]
+
+
+def _look_up(
+    tokens: Tensor, parts: Tensors, dimension: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Each part of the vocabulary, the row in it of each token, and which tokens it has not.
+
+    A token outside the vocabulary falls to the first part or the last, where looking it up is the
+    same error as on one GPU.
+    """
+    edges = [0, *accumulate(part.shape[dimension] for part in parts)]
+    for part, (first, end) in zip(parts, pairwise(edges), strict=True):
+        here = tokens.to(part.device)
+        absent = torch.zeros_like(here, dtype=torch.bool)
+        if first > 0:
+            absent |= here < first
+        if end < edges[-1]:
+            absent |= here >= end
+        yield part, (here - first).masked_fill(absent, 0), absent
+
+
+class ParallelGPT(nn.Module):
+    """A GPT on several devices.
+
+        losses = vocabulary_cross_entropy(parallel(tokens_BT), targets_BT)
+        torch.autograd.backward(losses)
+        all_reduce_partial_gradients(parallel)
+
+    It takes the tokens, (B, T), from wherever they are, and returns the scores divided by
+    vocabulary, (B, T, a part of V) on each device. Any optimizer that works number by number can
+    train its parameters; ``clip_grad_norm_`` cannot, since it would count every copy.
+
+    Args:
+        gpt: it stays as it is.
+        sequence_parallel: whether to divide by sequence what is replicated otherwise.
+
+    Raises:
+        ValueError: the model has dropout, or heads that do not divide over the devices, or there
+            are more devices than tokens in its vocabulary.
+    """
+
+    def __init__(self, gpt: GPT, devices: Devices, sequence_parallel: bool = False) -> None:
+        super().__init__()
+        embedding, *blocks, head = gpt
+        self.sequence_parallel = sequence_parallel
+        self.token = VocabularyEmbedding(embedding.token, devices, sequence_parallel)
+        self.position = Shards(
+            embedding.position.weight, devices, partial_gradients=sequence_parallel
+        )
+        self.blocks = nn.Sequential(*(ParallelBlock(b, devices, sequence_parallel) for b in blocks))
+        self.norm = CopiedNorm(head.norm, devices, sequence_parallel)
+        self.head = ColumnLinear(head.linear, devices, sequence_parallel)
+        if head.linear.weight is embedding.token.weight:
+            self.head.weight = self.token.weight
+
+    def forward(self, tokens_BT: Tensor) -> list[Tensor]:
+        T, context = tokens_BT.shape[1], len(self.position[0])
+        if context < T:
+            raise ValueError(f"{T} tokens are more than this GPT can read, {context}")
+        rows_TD = [weight[:T] for weight in self.position]
+        if self.sequence_parallel:
+            rows_TD = [each.tensor_split(len(rows_TD))[r] for r, each in enumerate(rows_TD)]
+        xs_TBD = _add(self.token(tokens_BT.T), [each.unsqueeze(1) for each in rows_TD])
+        scores = self.head(self.norm(self.blocks(xs_TBD)))
+        return [scores_TBV.transpose(0, 1) for scores_TBV in scores]
+
+
+def all_reduce_partial_gradients(parallel: nn.Module) -> None:
+    """Complete the gradients that each device has only a part of, in one all-reduce.
+
+    To be called once after a backward pass with sequence parallelism: a norm, a bias or a position
+    that worked on a part of the sequence has that part's gradient. Without sequence parallelism
+    every device has the whole gradient, and nothing happens.
+    """
+    shards = [s for s in _all_shards(parallel) if s.partial_gradients and s[0].grad is not None]
+    gradients = [[part.grad for part in parts] for parts in zip(*shards, strict=True)]
+    flat = [nn.utils.parameters_to_vector(each) for each in gradients]
+    if flat:
+        ring_all_reduce(flat)
+    for each, sums in zip(gradients, flat, strict=True):
+        nn.utils.vector_to_parameters(sums, each)
+
+
+def unsplit(parallel: nn.Module, like: nn.Module) -> nn.Module:
+    """A copy of ``like``, the model that ``parallel`` was made of, with what ``parallel`` has now.
+
+    Parameters and gradients, for a proof: ``largest_difference(unsplit(parallel, gpt), gpt)``.
+    """
+    whole = copy.deepcopy(like)
+    for parameter, shards in zip(whole.parameters(), _all_shards(parallel), strict=True):
+        parameter.data.copy_(shards.join(shards))
+        gradients = [part.grad for part in shards]
+        parameter.grad = None  # a copy of that in ``like``, which must not pass for ours
+        if gradients[0] is not None:
+            parameter.grad = shards.join(gradients).to(parameter.device)
+    return whole
+
+
+def largest_copy_difference(parallel: nn.Module) -> float:
+    """The largest difference between devices in the parameters that all of them have."""
+    differences = [
+        (part.detach().cpu() - shards[0].detach().cpu()).abs().max().double()
+        for shards in _all_shards(parallel)
+        if shards.dimension is None
+        for part in shards
+    ]
+    return torch.stack([torch.tensor(0.0).double(), *differences]).max().item()
+
+
+def _all_shards(parallel: nn.Module) -> list[Shards]:
+    """In the order of the parameters of the model that was split; a tied one once."""
+    return [each for each in parallel.modules() if isinstance(each, Shards)]
