@@ -10,7 +10,8 @@ enqueued there afterwards finds them done.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -180,7 +181,7 @@ class _Ring:
             for rank in range(count):
                 number, following = (rank - step) % count, (rank + 1) % count
                 if chunks[rank][number].numel():
-                    with self.send[rank], self.receive[following]:
+                    with self._streams(rank, following):
                         chunks[following][number].copy_(chunks[rank][number])
             self._next_round()
 
@@ -192,8 +193,20 @@ class _Ring:
 
     def _add(self, source: Tensor, destination: Tensor, rank: int, following: int) -> None:
         if source.numel():
-            with self.send[rank], self.receive[following]:
+            with self._streams(rank, following):
                 destination.add_(source.to(destination.device))
+
+    @contextmanager
+    def _streams(self, rank: int, following: int) -> Iterator[None]:
+        """Enqueue on the sending stream of one rank and the receiving one of the next."""
+        send, receive = self.send[rank], self.receive[following]
+        share_a_device = send.device == receive.device  # between two devices a copy waits for both
+        if share_a_device:
+            receive.wait_stream(send)
+        with send, receive:
+            yield
+        if share_a_device:
+            send.wait_stream(receive)
 
     def _next_round(self) -> None:
         """What a device sends next is what it has received."""

@@ -131,7 +131,7 @@ class GradientBuckets:
             bucket has the last parameters, whose gradients come first.
 
     Raises:
-        ValueError: ``bucket_bytes`` is not positive.
+        ValueError: ``bucket_bytes`` is not positive, or no parameter requires a gradient.
     """
 
     def __init__(self, replicas: list[nn.Module], bucket_bytes: int) -> None:
@@ -139,10 +139,12 @@ class GradientBuckets:
             raise ValueError(f"a bucket holds at least one byte: bucket_bytes={bucket_bytes}")
         copies = list(zip(*(replica.parameters() for replica in replicas), strict=True))
         learning = [parameters for parameters in copies if parameters[0].requires_grad]
+        if not learning:
+            raise ValueError("buckets need parameters that require a gradient, and there are none")
         self.devices = [parameter.device for parameter in learning[0]]
         self.buckets = [_Bucket(group) for group in _groups(learning[::-1], bucket_bytes)]
         self._streams = [stream(device) for device in self.devices]
-        self._is_on = True
+        self._is_on = self._is_finished = True
         for number, bucket in enumerate(self.buckets):
             for rank, parameters in enumerate(bucket.views):
                 for parameter in parameters:
@@ -154,7 +156,10 @@ class GradientBuckets:
 
         def on_gradient(parameter: Tensor) -> None:
             buckets = myself()
-            if buckets is not None and buckets._is_on:
+            if buckets is None:
+                return
+            buckets._is_finished = False
+            if buckets._is_on:
                 buckets._put(buckets.buckets[number], rank, parameter)
 
         return on_gradient
@@ -186,11 +191,16 @@ class GradientBuckets:
     def finish(self) -> None:
         """Reduce what is left, and let the devices go on when all buckets are done.
 
-        A replica without a gradient that others have takes part with zeros.
+        Left are gradients that the last backward pass did not touch, but one before it in
+        :meth:`accumulate` did. A replica without a gradient that others have takes part with
+        zeros. Without a backward pass since the last call, this does nothing.
         """
+        if self._is_finished:
+            return
+        self._is_finished = True
         for bucket in self.buckets:
             if any(bucket.missing):
-                bucket.fill_with_zeros()
+                bucket.put_missing()
                 self._reduce(bucket)
             bucket.expect_all()
         for device, side in zip(self.devices, self._streams, strict=True):
@@ -225,22 +235,34 @@ class _Bucket:
 
     def put(self, rank: int, parameter: Tensor) -> None:
         """Move the gradient of ``parameter`` into its place, and let it live there."""
+        if parameter not in self.missing[rank]:
+            raise RuntimeError(
+                "a gradient came a second time before finish(): call finish() once a step, and "
+                "run all backward passes of a step but the last in `with buckets.accumulate():`"
+            )
         place = self.views[rank][parameter]
         if parameter.grad is not place:
             place.copy_(parameter.grad)
             parameter.grad = place
         self._arrived(rank, parameter)
 
-    def fill_with_zeros(self) -> None:
-        """Put zeros where a gradient is missing; one that is missing everywhere stays ``None``."""
+    def put_missing(self) -> None:
+        """Put what is missing: accumulated gradients, or zeros if only others have gradients.
+
+        A gradient that no replica has stays ``None``.
+        """
         for copies in self.group:
-            is_missing = [copy in self.missing[rank] for rank, copy in enumerate(copies)]
+            is_used = any(parameter.grad is not None for parameter in copies)
             for rank, parameter in enumerate(copies):
-                if is_missing[rank]:
-                    self.views[rank][parameter].zero_()
-                    if not all(is_missing):
-                        parameter.grad = self.views[rank][parameter]
-                    self._arrived(rank, parameter)
+                if parameter not in self.missing[rank]:
+                    continue
+                if parameter.grad is not None:
+                    self.put(rank, parameter)
+                    continue
+                place = self.views[rank][parameter].zero_()
+                if is_used:
+                    parameter.grad = place
+                self._arrived(rank, parameter)
 
     def _arrived(self, rank: int, parameter: Tensor) -> None:
         self.missing[rank].discard(parameter)

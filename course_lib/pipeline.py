@@ -71,7 +71,7 @@ def draw(schedule: Schedule, ax: Axes | None = None, **durations: float) -> Axes
     Takes what :func:`step_times` does. The further down the model a device's stage is, the paler.
     """
     times = step_times(schedule, **durations)
-    rows = len(schedule.steps)
+    rows, whole = len(schedule.steps), max(end for _, end in times.values())
     ax = ax or style.figure(height=1.6 + 0.4 * rows)[1]
     for step, (begin, end) in times.items():
         device = schedule.placement[step.stage]
@@ -80,11 +80,13 @@ def draw(schedule: Schedule, ax: Axes | None = None, **durations: float) -> Axes
         look = {"facecolor": (colour, 1 / (1 + earlier_stages)), "edgecolor": "white"}
         ax.broken_barh([(begin, end - begin)], (device - 0.4, 0.8), **look)
         ink = style.INK if earlier_stages else ink
+        if end - begin < 0.012 * whole:
+            continue  # too narrow for a number
         middle = (begin + end) / 2, device
         ax.annotate(str(step.microbatch), middle, ha="center", va="center", color=ink, fontsize=8)
     ax.set_yticks(range(rows), [f"device {device}" for device in range(rows)])
     ax.set_ylim(rows - 0.4, -0.6)
-    ax.set_xlim(0, max(end for _, end in times.values()))
+    ax.set_xlim(0, whole)
     ax.set_xlabel("time")
     ax.set_title(f"{schedule.name}: bubble {bubble(schedule, **durations):.1%}")
     names = {kind: LOOKS[kind][0] for kind in schedule.kinds}

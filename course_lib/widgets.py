@@ -24,9 +24,11 @@ from course_lib import (
     hardware,
     pipeline,
     schedules,
+    sharding,
     style,
     timeline,
 )
+from course_lib.context_parallel import ring_attention
 from course_lib.layer_parallel import LayerParallel
 from course_lib.models import MLP, Block
 from course_lib.tensor_parallel import ParallelBlock
@@ -304,7 +306,7 @@ def explore_schedules() -> Explorer:
             schedule, ax, forward=part, input_gradient=part, weight_gradient=part, transfer=transfer
         )
         held = max(schedules.held(schedule))
-        ax.set_title(f"{ax.get_title(loc='left')}; at most {held} activations held", loc="left")
+        ax.set_xlabel(f"time; a device holds at most {held} activations")
         return figure
 
     return Explorer(
@@ -364,6 +366,65 @@ def _measure_block(count: int, width: int, tokens: int, spec: Spec) -> tuple[flo
             torch.autograd.backward(outs, [torch.empty_like(out) for out in outs])
     products = t.seconds_by_kind()["matmul"] / count
     return products, t.seconds
+
+
+def explore_ring_attention() -> Explorer:
+    """Lesson 07: the timeline of causal ring attention on four A100."""
+
+    def draw(order: str, tokens: int, link: int) -> Figure:
+        spec = A100.with_(launch_overhead=0.0, link_bandwidth=link * 1e9)
+        with hardware.other_devices(4, spec, backing="meta") as gpus:
+            parts = [
+                [
+                    torch.empty(
+                        1, 32, tokens // 4, 128,
+                        dtype=torch.bfloat16, device=gpu, requires_grad=True,
+                    )
+                    for gpu in gpus
+                ]
+                for _ in "qkv"
+            ]  # fmt: skip
+            with timeline.trace() as t:
+                outs = ring_attention(*parts, causal=True, zigzag=order == "zigzag")
+                torch.autograd.backward(outs, [torch.empty_like(out) for out in outs])
+        figure, ax = style.figure(height=4.4)
+        t.plot(ax, title=f"Causal, forward and backward, {t.seconds * 1e3:.1f} ms")
+        return figure
+
+    return Explorer(
+        draw,
+        order=choice("order of the tokens", ["contiguous", "zigzag"], "contiguous"),
+        tokens=choice("tokens", [2048, 8192, 32768], 8192),
+        link=choice("link, GB/s", [3, 25, 300], 300),
+    )
+
+
+def explore_sharding() -> Explorer:
+    """Lesson 08: bytes of parameters, gradients and optimizer state on each GPU, by stage."""
+    counts = [1, 2, 4, 8, 16, 32, 64, 128]
+
+    def draw(billions: float, memory: int) -> Figure:
+        figure, ax = style.figure()
+        fits = []
+        for stage, marker in zip(range(4), "os^D", strict=True):
+            held = [billions * sharding.bytes_a_parameter(stage, count) for count in counts]
+            ax.loglog(counts, held, f"{marker}-", label=f"stage {stage}")
+            enough = [count for count, gigabytes in zip(counts, held, strict=True)
+                      if gigabytes <= memory]  # fmt: skip
+            fits.append(f"{stage}: {enough[0] if enough else 'never'}")
+        ax.axhline(memory, linestyle="--", color=style.GREY, label=f"{memory} GB")
+        ax.set(xlabel="GPUs", ylabel="GB on each GPU")
+        ax.set_xticks(counts, counts)
+        ax.minorticks_off()
+        ax.set_title(f"{billions:g} billion parameters; GPUs needed in stage {', '.join(fits)}")
+        figure.legend(loc="outside lower right", ncols=5)
+        return figure
+
+    return Explorer(
+        draw,
+        billions=choice("billion parameters", [1, 3, 7, 13, 30, 70, 175, 405], 7),
+        memory=choice("GB of a GPU", [24, 40, 80, 141], 80),
+    )
 
 
 def explore_stages() -> Explorer:

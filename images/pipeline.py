@@ -175,7 +175,7 @@ def draw_key(picture: Picture) -> None:
 def draw_axis(picture: Picture) -> None:
     y = PIPELINE_TOP + GPUS * ROW_STEP + 4
     picture.arrow((TIME_LEFT, y), (876, y), colour=SOFT)
-    words = "time, in forward passes of the batch on one GPU"
+    words = "time, in forward passes of the batch through one stage"
     picture.text(TIME_LEFT, y + 19, words, anchor="start", colour=SOFT)
     end = TIME_LEFT + PIPELINE_TIME * UNIT
     picture.line((end, PIPELINE_TOP - 6), (end, y + 6), colour=SOFT, thickness=1.5, dashed=True)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import course_lib
 import notebook_tools
 from course_lib.data_parallel import all_reduce_gradients
 from course_lib.exercises.verdict import Verdict
@@ -20,7 +21,13 @@ from course_lib.exercises.verdict import Verdict
 Answer = Callable[..., object]
 
 # What a learner has at hand when they come to the exercises.
-LESSON_NAMES = {"torch": torch, "nn": nn, "F": F, "all_reduce_gradients": all_reduce_gradients}
+LESSON_NAMES = {
+    "torch": torch,
+    "nn": nn,
+    "F": F,
+    "course_lib": course_lib,
+    "all_reduce_gradients": all_reduce_gradients,
+}
 
 BELITTLING = re.compile(r"\b(simply|just|obviously|trivially)\b", re.IGNORECASE)
 

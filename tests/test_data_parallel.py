@@ -1,13 +1,22 @@
 """Data parallelism is the same training as on one GPU."""
 
 import copy
+import gc
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from course_lib import collectives, data_parallel, devices, trace
+from course_lib import CLASSROOM, collectives, data_parallel, devices, memory_in_use, trace
 from course_lib.compare import largest_difference
+from course_lib.data_parallel import (
+    GradientBuckets,
+    all_reduce_gradients,
+    backward_on_shards,
+    replicate,
+    split_batch,
+)
 from course_lib.models import GPT, MLP, next_token_loss, parameter_count
 
 
@@ -156,3 +165,323 @@ def test_a_model_with_a_nan_is_not_equal_to_one_without() -> None:
     other[0].bias.data[0] = float("nan")
     difference = largest_difference(one, other)
     assert difference != difference
+
+
+# ------------------------------------------------------------------------- gradient buckets
+
+
+def gradients(replicas) -> list[list]:
+    return [
+        [None if p.grad is None else p.grad.cpu() for p in replica.parameters()]
+        for replica in replicas
+    ]
+
+
+def assert_same_gradients(replicas, others) -> None:
+    """Those of all replicas are equal to the bit, and those of others up to rounding."""
+    ours, theirs = gradients(replicas), gradients(others)[0]
+    for rank in ours:
+        for gradient, first, expected in zip(rank, ours[0], theirs, strict=True):
+            if expected is None:
+                assert gradient is None
+            else:
+                assert torch.equal(gradient, first)
+                assert torch.allclose(gradient, expected, atol=1e-6)
+
+
+def backward(replicas, batch, loss_function=F.cross_entropy, batch_size=None) -> None:
+    gpus = [next(replica.parameters()).device for replica in replicas]
+    xs, ys = (split_batch(part, gpus) for part in batch)
+    backward_on_shards(replicas, xs, ys, loss_function, batch_size)
+
+
+def reduced_after_backward(model, gpus, batch, loss_function=F.cross_entropy) -> list:
+    replicas = replicate(model, gpus)
+    backward(replicas, batch, loss_function)
+    all_reduce_gradients(replicas)
+    return replicas
+
+
+def reduced_in_buckets(model, gpus, batch, bucket_bytes, loss_function=F.cross_entropy) -> list:
+    replicas = replicate(model, gpus)
+    buckets = GradientBuckets(replicas, bucket_bytes)
+    with trace(strict=True):
+        backward(replicas, batch, loss_function)
+        buckets.finish()
+        for replica in replicas:  # what comes next on the main streams may change them at once
+            for parameter in replica.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(1.0)
+    return replicas
+
+
+class Branches(nn.Module):
+    """A layer that every shard meets, one that none meets, one for shards of a positive sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.unused, self.sometimes = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.trunk(x)
+        return y + self.sometimes(y) if x.sum() > 0 else y
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("bucket_bytes", [1, 200, 9000, 1e9])
+def test_buckets_give_the_gradients_of_an_all_reduce_after_backward(count, bucket_bytes) -> None:
+    gpus = devices(count)
+    torch.manual_seed(1)
+    model, (batch,) = MLP(64, 32, 16, 10), image_batches(7)
+    replicas = reduced_in_buckets(model, gpus, batch, bucket_bytes)
+    assert_same_gradients(replicas, reduced_after_backward(model, gpus, batch))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_buckets_take_a_tied_gpt(count: int) -> None:
+    gpus = devices(count)
+    torch.manual_seed(1)
+    model = GPT(20, context=8, width=16, heads=2, depth=1, tied=True)
+    batch = torch.randint(20, (5, 8)), torch.randint(20, (5, 8))
+    replicas = reduced_in_buckets(model, gpus, batch, 2000, next_token_loss)
+    assert_same_gradients(replicas, reduced_after_backward(model, gpus, batch, next_token_loss))
+
+
+def test_buckets_leave_frozen_parameters_alone() -> None:
+    gpus = devices(3)
+    model, (batch,) = MLP(64, 32, 16, 10), image_batches(7)
+    model[2].requires_grad_(False)
+    replicas = reduced_in_buckets(model, gpus, batch, 500)
+    assert replicas[0][2].weight.grad is None
+    assert_same_gradients(replicas, reduced_after_backward(model, gpus, batch))
+
+
+def test_a_parameter_without_gradient_on_some_replicas_takes_part_with_zeros() -> None:
+    gpus = devices(3)
+    torch.manual_seed(1)
+    model = Branches()
+    x = torch.ones(6, 6)
+    x[2:4] *= -1  # the second replica alone does not meet the layer
+    batch = x, torch.randint(6, (6,))
+    for bucket_bytes in (1, 1e9):
+        replicas = reduced_in_buckets(model, gpus, batch, bucket_bytes)
+        assert all(replica.unused.weight.grad is None for replica in replicas)
+        assert all(replica.sometimes.weight.grad is not None for replica in replicas)
+        assert_same_gradients(replicas, reduced_after_backward(model, gpus, batch))
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 1e9])
+def test_an_empty_shard_takes_part_with_zeros(bucket_bytes) -> None:
+    gpus = devices(3)
+    model, (batch,) = MLP(64, 32, 10), image_batches(2)
+    replicas = reduced_in_buckets(model, gpus, batch, bucket_bytes)
+    assert_same_gradients(replicas, reduced_after_backward(model, gpus, batch))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_steps_with_buckets_train_as_plain_training_does(set_to_none: bool) -> None:
+    gpus = devices(3)
+    torch.manual_seed(1)
+    model, batches = MLP(64, 32, 10), image_batches(12, 7, 2, 12)
+    replicas = replicate(model, gpus)
+    optimizers = [torch.optim.SGD(r.parameters(), lr=0.1, momentum=0.9) for r in replicas]
+    buckets = GradientBuckets(replicas, 1000)
+    with trace(strict=True):
+        for batch in batches:
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=set_to_none)
+            backward(replicas, batch)
+            buckets.finish()
+            for optimizer in optimizers:
+                optimizer.step()
+    assert largest_difference(replicas[0], train_plainly(model, batches)) < 1e-6
+    assert all(largest_difference(replicas[0], replica) == 0 for replica in replicas)
+
+
+@pytest.mark.parametrize("last", [9, 2], ids=["even", "an empty shard at last"])
+def test_accumulated_microbatches_travel_once_and_make_the_gradient_of_all(last: int) -> None:
+    gpus = devices(3)
+    torch.manual_seed(1)
+    model, batches = MLP(64, 32, 10), image_batches(9, 4, last)
+    size = sum(len(x) for x, _ in batches)
+    replicas, others = replicate(model, gpus), replicate(model, gpus)
+    buckets = GradientBuckets(replicas, 1000)
+    with trace(strict=True) as t:
+        with buckets.accumulate():
+            for batch in batches[:-1]:
+                backward(replicas, batch, batch_size=size)
+        backward(replicas, batches[-1], batch_size=size)
+        buckets.finish()
+    for batch in batches:
+        backward(others, batch, batch_size=size)
+    all_reduce_gradients(others)
+    assert_same_gradients(replicas, others)
+    assert t.bytes_between_devices == collectives.all_reduce_bytes(3, 4 * parameter_count(model))
+
+
+def test_a_layer_that_only_an_earlier_microbatch_met_is_reduced_all_the_same() -> None:
+    gpus = devices(2)
+    model, y = Branches(), torch.tensor([1, 2])
+    replicas, others = replicate(model, gpus), replicate(model, gpus)
+    buckets = GradientBuckets(replicas, 1)
+    with buckets.accumulate():
+        backward(replicas, (torch.ones(2, 6), y))
+    backward(replicas, (-torch.ones(2, 6), y))
+    buckets.finish()
+    for sign in (1, -1):
+        backward(others, (sign * torch.ones(2, 6), y))
+    all_reduce_gradients(others)
+    assert replicas[0].sometimes.weight.grad is not None
+    assert_same_gradients(replicas, others)
+
+
+def test_accumulating_ends_with_its_block_also_after_an_error() -> None:
+    gpus = devices(2)
+    model, (batch,) = MLP(64, 10), image_batches(4)
+    replicas = replicate(model, gpus)
+    buckets = GradientBuckets(replicas, 1)
+    with pytest.raises(ZeroDivisionError), buckets.accumulate():
+        raise ZeroDivisionError
+    with trace() as t:
+        backward(replicas, batch)
+    assert t.bytes_between_devices, "reduced by the hooks, and not left to finish()"
+    buckets.finish()
+    assert_same_gradients(replicas, reduced_after_backward(model, gpus, batch))
+
+
+def test_a_second_backward_pass_before_finish_is_refused_and_the_next_step_is_right() -> None:
+    gpus = devices(2)
+    model, (batch,) = MLP(64, 10), image_batches(4)
+    replicas = replicate(model, gpus)
+    buckets = GradientBuckets(replicas, 1)
+    backward(replicas, batch)
+    with trace(), pytest.raises(RuntimeError) as caught:  # which also misses a wait by then
+        backward(replicas, batch)
+    assert "a second time before finish()" in str(caught.value)
+    assert "accumulate()" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    buckets.finish()
+    for replica in replicas:
+        replica.zero_grad()
+    backward(replicas, batch)
+    buckets.finish()
+    assert_same_gradients(replicas, reduced_after_backward(model, gpus, batch))
+
+
+def test_finish_without_a_backward_pass_does_nothing() -> None:
+    gpus = devices(2)
+    model, (batch,) = MLP(64, 10), image_batches(4)
+    replicas = replicate(model, gpus)
+    buckets = GradientBuckets(replicas, 1)
+    with trace() as t:
+        buckets.finish()
+    assert t.bytes_moved == {}
+    backward(replicas, batch)
+    buckets.finish()
+    buckets.finish()
+    assert_same_gradients(replicas, reduced_after_backward(model, gpus, batch))
+
+
+def test_buckets_move_every_gradient_once_and_hide_a_part_of_it_behind_backward() -> None:
+    gpus = devices(4, CLASSROOM.with_(launch_overhead=0.0))
+    model, (batch,) = MLP(64, 256, 256, 256, 256, 10), image_batches(1024)
+
+    def ring_after_backward(replicas) -> None:
+        for parameters in zip(*(replica.parameters() for replica in replicas), strict=True):
+            collectives.ring_all_reduce([parameter.grad for parameter in parameters])
+
+    def record(bucket_bytes: float | None) -> object:
+        replicas = replicate(model, gpus)
+        buckets = GradientBuckets(replicas, bucket_bytes) if bucket_bytes else None
+        with trace(strict=True) as t:
+            backward(replicas, batch)
+            buckets.finish() if buckets else ring_after_backward(replicas)
+        return t
+
+    after, overlapped, late = record(None), record(200_000), record(1e9)
+    assert overlapped.seconds < 0.95 * after.seconds
+    assert overlapped.seconds < late.seconds
+    moved = collectives.all_reduce_bytes(4, 4 * parameter_count(model))
+    assert [t.bytes_between_devices for t in (after, overlapped, late)] == [moved] * 3
+    last_product = max(span.end for span in overlapped.spans if span.kind == "matmul")
+    hidden = [s for s in overlapped.spans if s.route and None not in s.route]
+    assert min(span.start for span in hidden) < 0.8 * last_product
+
+
+def test_a_bucket_has_one_dtype() -> None:
+    gpus = devices(2)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4))
+    replicas = replicate(model, gpus)
+    buckets = GradientBuckets(replicas, 1e9)
+    dtypes = [bucket.buffers[0].dtype for bucket in buckets.buckets]
+    assert dtypes == [torch.float32, torch.bfloat16, torch.float32]
+    for rank, (replica, gpu) in enumerate(zip(replicas, gpus, strict=True)):
+        for layer in replica:
+            x = torch.full((1, 4), rank + 1.0, device=gpu, dtype=layer.weight.dtype)
+            layer(x).sum().backward()
+    buckets.finish()
+    for replica in replicas:
+        for layer in replica:
+            assert layer.weight.grad.dtype == layer.weight.dtype
+            assert layer.weight.grad.tolist() == [[3.0] * 4] * 4
+
+
+def test_buckets_hold_as_many_bytes_as_asked_for_last_parameters_first() -> None:
+    replicas = replicate(MLP(4, 4, 4, 4), devices(2))  # a layer has 64 and 16 bytes
+    names = {parameter: name for name, parameter in replicas[0].named_parameters()}
+
+    def groups(bucket_bytes: float) -> list[list[str]]:
+        made = GradientBuckets(replicas, bucket_bytes).buckets
+        return [[names[first] for first, _ in bucket.group] for bucket in made]
+
+    assert groups(1) == [[name] for name in reversed(names.values())]
+    assert groups(80) == [[f"{n}.bias", f"{n}.weight"] for n in (4, 2, 0)]
+    assert groups(81) == [["4.bias", "4.weight", "2.bias"], ["2.weight", "0.bias", "0.weight"]]
+    assert groups(1e9) == [list(reversed(names.values()))]
+
+
+@pytest.mark.parametrize("finishes", [True, False])
+def test_deleted_buckets_and_replicas_hold_no_memory(finishes: bool) -> None:
+    gpus = devices(2)
+    gc.collect()
+    before = [memory_in_use(gpu) for gpu in gpus]
+    replicas = replicate(MLP(64, 32, 10), gpus)
+    buckets = GradientBuckets(replicas, 1000)
+    (batch,) = image_batches(8)
+    backward(replicas, batch)
+    if finishes:
+        buckets.finish()
+    gc.disable()
+    try:
+        del buckets, replicas
+        assert [memory_in_use(gpu) for gpu in gpus] == before
+    finally:
+        gc.enable()
+
+
+def test_without_its_buckets_a_replica_goes_on_alone() -> None:
+    gpus = devices(2)
+    replicas = replicate(MLP(64, 10), gpus)
+    buckets = GradientBuckets(replicas, 1)
+    del buckets
+    (batch,) = image_batches(4)
+    with trace() as t:
+        backward(replicas, batch)
+    assert t.bytes_between_devices == 0
+    assert all(gradient is not None for rank in gradients(replicas) for gradient in rank)
+
+
+@pytest.mark.parametrize("bucket_bytes", [0, -1, float("nan")])
+def test_a_bucket_without_bytes_is_refused_in_one_line(bucket_bytes) -> None:
+    replicas = replicate(MLP(4, 2), devices(2))
+    with pytest.raises(ValueError) as caught:
+        GradientBuckets(replicas, bucket_bytes)
+    assert str(caught.value) == f"a bucket holds at least one byte: bucket_bytes={bucket_bytes}"
+
+
+def test_buckets_for_no_gradient_at_all_are_refused_in_one_line() -> None:
+    replicas = replicate(MLP(4, 2).requires_grad_(False), devices(2))
+    for none_of_them in (replicas, []):
+        with pytest.raises(ValueError, match="there are none"):
+            GradientBuckets(none_of_them, 1)

@@ -11,7 +11,10 @@ import torch
 import answers_00
 import answers_01
 import answers_02
+import answers_03
 import answers_04
+import answers_05
+import answers_06
 from course_lib import devices, trace
 from course_lib.models import Block
 from exercise_answers import each_exercise, each_right_answer, each_wrong_answer
@@ -20,7 +23,10 @@ EXERCISES = [
     *answers_00.EXERCISES,
     *answers_01.EXERCISES,
     *answers_02.EXERCISES,
+    *answers_03.EXERCISES,
     *answers_04.EXERCISES,
+    *answers_05.EXERCISES,
+    *answers_06.EXERCISES,
 ]
 
 

@@ -1,5 +1,7 @@
 """What a lesson derives and what course_lib keeps of it give the same parameters."""
 
+import copy
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,10 +10,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from course_lib import collectives, data_parallel, devices
+from course_lib import collectives, data_parallel, devices, schedules, tensor_parallel
 from course_lib.compare import largest_difference
 from course_lib.layer_parallel import LayerParallel, balanced_cuts
 from course_lib.models import GPT, MLP, next_token_loss
+from course_lib.pipeline import Pipeline
+from course_lib.tensor_parallel import ParallelMLP
 from notebook_tools import NOTEBOOKS
 
 
@@ -39,8 +43,25 @@ def lesson_02() -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
+def lesson_03() -> SimpleNamespace:
+    cells = ("tree", "ring", "step", "order", "bucket-groups", "bucket-class")
+    return definitions("03_all_reduce.ipynb", *cells)
+
+
+@pytest.fixture(scope="module")
 def lesson_04() -> SimpleNamespace:
     return definitions("04_model_parallelism.ipynb", "general")
+
+
+@pytest.fixture(scope="module")
+def lesson_05() -> SimpleNamespace:
+    cells = ("model", "gpipe", "one-f-one-b", "held", "walk", "stage", "send", "run")
+    return definitions("05_pipeline_parallelism.ipynb", *cells)
+
+
+@pytest.fixture(scope="module")
+def lesson_06() -> SimpleNamespace:
+    return definitions("06_tensor_parallelism.ipynb", "conjugates", "vocabulary")
 
 
 def train(method, model, gpus, batches, loss_function) -> list:
@@ -99,6 +120,62 @@ def test_lesson_02_and_collectives_reduce_to_the_same_bits(lesson_02) -> None:
         assert torch.equal(one.cpu(), other.cpu())
 
 
+@pytest.mark.parametrize("name", ["tree_all_reduce", "ring_all_reduce"])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
+def test_lesson_03_and_collectives_reduce_to_the_same_bits(lesson_03, name, count: int) -> None:
+    gpus = devices(count)
+    torch.manual_seed(0)
+    for numel in (33, 2):
+        originals = [torch.randn(numel) for _ in gpus]
+        ours = [tensor.to(gpu) for tensor, gpu in zip(originals, gpus, strict=True)]
+        theirs = [tensor.to(gpu) for tensor, gpu in zip(originals, gpus, strict=True)]
+        getattr(lesson_03, name)(ours)
+        getattr(collectives, name)(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.equal(one.cpu(), other.cpu())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("bucket_bytes", [1, 3000, 1e9])
+def test_lesson_03_and_gradient_buckets_train_to_the_same_bits(
+    lesson_03, count: int, bucket_bytes: float
+) -> None:
+    gpus = devices(count)
+    torch.manual_seed(0)
+    model = MLP(64, 32, 32, 10)
+    batches = [(torch.randn(n, 64), torch.randint(10, (n,))) for n in (24, 24, 7)]
+
+    def train_with(buckets_of_a_step) -> list:
+        replicas = data_parallel.replicate(model, gpus)
+        optimizers = [torch.optim.AdamW(replica.parameters(), lr=1e-3) for replica in replicas]
+        for x, y in batches:
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            buckets = buckets_of_a_step(replicas)
+            xs, ys = (data_parallel.split_batch(part, gpus) for part in (x, y))
+            data_parallel.backward_on_shards(replicas, xs, ys, F.cross_entropy)
+            for bucket in buckets:
+                bucket.finish()
+            for optimizer in optimizers:
+                optimizer.step()
+        return replicas
+
+    def lesson_buckets(replicas) -> list:
+        groups = [lesson_03.bucket_groups(replica, bucket_bytes) for replica in replicas]
+        return [lesson_03.Bucket(group) for group in zip(*groups, strict=True)]
+
+    kept: list[data_parallel.GradientBuckets] = []  # the module's serve for all steps
+
+    def module_buckets(replicas) -> list:
+        if not kept:
+            kept.append(data_parallel.GradientBuckets(replicas, bucket_bytes))
+        return kept
+
+    lesson, module = train_with(lesson_buckets), train_with(module_buckets)
+    for ours, theirs in zip(lesson, module, strict=True):
+        assert largest_difference(ours, theirs) == 0
+
+
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_lesson_04_and_layer_parallel_train_to_the_same_bits(lesson_04, count: int) -> None:
     gpus = devices(count)
@@ -116,3 +193,106 @@ def test_lesson_04_and_layer_parallel_train_to_the_same_bits(lesson_04, count: i
             optimizer.step()
         trained.append(model)
     assert largest_difference(*trained) == 0
+
+
+@pytest.mark.parametrize("make", ["gpipe", "one_f_one_b"])
+@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("m", [1, 3, 4, 8])
+def test_lesson_05_and_schedules_write_down_the_same(lesson_05, make, p: int, m: int) -> None:
+    lesson, module = getattr(lesson_05, make)(p, m), getattr(schedules, make)(p, m)
+    assert lesson == module
+    assert lesson_05.held(lesson) == schedules.held(module)
+
+
+def test_lesson_05_and_schedules_find_the_same_deadlock(lesson_05) -> None:
+    first, second = schedules.one_f_one_b(2, 4).steps
+    stuck = schedules.Schedule("stuck", 4, [0, 1], [first, [*second[2:], *second[:2]]])
+    for method in (lesson_05, schedules):
+        with pytest.raises(ValueError, match="deadlock"):
+            list(method.in_order(stuck))
+
+
+@pytest.mark.parametrize("make", ["gpipe", "one_f_one_b"])
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_lesson_05_and_pipeline_give_the_same_gradients_to_the_bit(
+    lesson_05, make: str, p: int
+) -> None:
+    gpus = devices(p)
+    torch.manual_seed(0)
+    original = torch.nn.Sequential(torch.nn.LayerNorm(32), *MLP(*[32] * 9))
+    cuts = lesson_05.cuts(p)
+    edges = list(pairwise([0, *cuts, len(original)]))
+    stages = [
+        lesson_05.Stage(copy.deepcopy(original[a:b]).to(gpu), gpu)
+        for (a, b), gpu in zip(edges, gpus, strict=True)
+    ]
+    pipeline = Pipeline(copy.deepcopy(original), gpus, cuts)
+    for examples in (24, 7):  # gradients of two batches add up
+        schedule = getattr(lesson_05, make)(p, 5)
+        x, y = torch.randn(examples, 32), torch.randint(32, (examples,))
+        ours = lesson_05.run(schedule, stages, x, y)
+        theirs = pipeline.forward_backward(schedule, x, y, F.cross_entropy)
+        assert [loss.item() for loss in ours] == [loss.item() for loss in theirs]
+    parameters = [parameter for stage in stages for parameter in stage.layers.parameters()]
+    for one, other in zip(parameters, pipeline.parameters(), strict=True):
+        assert torch.equal(one.grad.cpu(), other.grad.cpu())
+
+
+def on_each(parts, gpus) -> list[torch.Tensor]:
+    """A leaf of its own on each GPU."""
+    return [p.clone().to(gpu).requires_grad_() for p, gpu in zip(parts, gpus, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("lesson_name", "module_name"),
+    [("CopyToRanks", "copy_to_ranks"), ("ReduceFromRanks", "reduce_from_ranks")],
+)
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_lesson_06_and_tensor_parallel_cross_borders_to_the_same_bits(
+    lesson_06, lesson_name: str, module_name: str, count: int
+) -> None:
+    gpus = devices(count)
+    torch.manual_seed(0)
+    given, gradients = torch.randn(2, count, 5, 7).double()
+    ours, theirs = on_each(given, gpus), on_each(given, gpus)
+    from_lesson = getattr(lesson_06, lesson_name).apply(*ours)
+    from_module = getattr(tensor_parallel, module_name)(theirs)
+    for outs in (from_lesson, from_module):
+        torch.autograd.backward(outs, [g.to(gpu) for g, gpu in zip(gradients, gpus, strict=True)])
+    for one, other in zip(from_lesson, from_module, strict=True):
+        assert torch.equal(one.cpu(), other.cpu())
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.grad.cpu(), other.grad.cpu())
+
+
+def test_lesson_06_and_tensor_parallel_run_an_mlp_to_the_same_bits() -> None:
+    cells = ("split-mlp", "conjugates", "parallel-mlp")
+    lesson = definitions("06_tensor_parallelism.ipynb", *cells)  # its layers are on its own GPUs
+    gpus = lesson.gpus
+    module = ParallelMLP(lesson.mlp, gpus)
+    xs = [torch.randn(8, 1, lesson.D)] * len(gpus)
+    ours, theirs = on_each(xs, gpus), on_each(xs, gpus)
+    for run, leaves in ((lesson.parallel_mlp, ours), (module, theirs)):
+        torch.autograd.backward([y.square().mean() for y in run(leaves)])
+    ours += [*lesson.up_weights, *lesson.up_biases, *lesson.down_weights, *lesson.down_biases]
+    theirs += module.parameters()
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.grad.cpu(), other.grad.cpu())
+
+
+@pytest.mark.parametrize("size", [1, 1e3], ids=["usual", "huge"])
+def test_lesson_06_and_tensor_parallel_have_the_same_cross_entropy(lesson_06, size: float) -> None:
+    gpus = devices(4)
+    torch.manual_seed(0)
+    scores_NV, targets_N = size * torch.randn(6, 10).double(), torch.randint(10, (6,))
+    parts = scores_NV.tensor_split(4, -1)  # of 3, 3, 2 and 2 tokens
+    ours, theirs = on_each(parts, gpus), on_each(parts, gpus)
+    from_lesson = lesson_06.split_cross_entropy(ours, targets_N)
+    from_module = tensor_parallel.vocabulary_cross_entropy(
+        [part.unsqueeze(0) for part in theirs], targets_N.unsqueeze(0)
+    )
+    for losses in (from_lesson, from_module):
+        torch.autograd.backward(losses)
+    torch.testing.assert_close(from_lesson, from_module, rtol=1e-12, atol=1e-12)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-12)

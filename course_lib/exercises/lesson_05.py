@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -45,13 +46,14 @@ def check_write(my_schedule: Callable[[], list[list[str]]]) -> Verdict:
 
 def _from_words(lists: list[list[str]]) -> Schedule:
     """``[["F0", "B0"], ...]`` as a schedule."""
-    if not isinstance(lists, (list, tuple)) or len(lists) != GPUS:
+    rows = lists if isinstance(lists, (list, tuple)) else []
+    if len(rows) != GPUS or not all(isinstance(row, (list, tuple)) for row in rows):
         raise Wrong(f"return {GPUS} lists of words, one for each GPU.")
     steps = []
-    for gpu, words in enumerate(lists):
+    for gpu, words in enumerate(rows):
         row = []
         for word in words:
-            if not (isinstance(word, str) and word[:1] in ("F", "B") and word[1:].isdigit()):
+            if not (isinstance(word, str) and word[:1] in ("F", "B") and word[1:].isdecimal()):
                 raise Wrong(
                     f"GPU {gpu}: {word!r} is no step. A step is a word such as 'F0' or 'B3'."
                 )
@@ -84,7 +86,8 @@ def _run(schedule: Schedule) -> float:
 @check
 def check_share(microbatch_loss: Callable[[Tensor, Tensor, int, int, int], Tensor]) -> Verdict:
     """Graded on the gradient of a whole batch, cut evenly and unevenly, on several pipelines."""
-    for sizes, stages in (([4, 4, 4, 4], 4), ([6, 5, 5], 2), ([7, 1], 3), ([9], 1)):
+    # At first no two of stages, microbatches and their examples are equal: mistakes look different.
+    for sizes, stages in (([5, 5, 5, 5], 3), ([6, 5, 5], 2), ([7, 1], 3), ([9], 1)):
         scores, targets = torch.randn(sum(sizes), 10), torch.randint(0, 10, (sum(sizes),))
         whole = scores.clone().requires_grad_()
         F.cross_entropy(whole, targets).backward()
@@ -92,8 +95,11 @@ def check_share(microbatch_loss: Callable[[Tensor, Tensor, int, int, int], Tenso
         for part, labels in zip(scores.split(sizes), targets.split(sizes), strict=True):
             part = part.clone().requires_grad_()
             loss = microbatch_loss(part, labels, sum(sizes), len(sizes), stages)
-            if not isinstance(loss, Tensor) or loss.dim() != 0:
-                raise Wrong("return a loss: a tensor that is a single number.")
+            if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
+                raise Wrong(
+                    "return a loss: a tensor that is a single number, computed from the scores, so "
+                    "that backward() can start from it."
+                )
             loss.backward()
             gradients.append(part.grad)
         ours = torch.cat(gradients)
@@ -111,19 +117,32 @@ def _likely(ours: Tensor, expected: Tensor, sizes: list[int], stages: int) -> st
     means = torch.cat(
         [part * (total / size) for part, size in zip(expected.split(sizes), sizes, strict=True)]
     )
-    causes = {
-        "This is the sum of the microbatches' means: weight them.": means,
-        "This is the plain mean of the microbatches' means, which are of different sizes.": (
-            means / count
+    own_part = (
+        "The stages do not share the loss: each has the gradient of the whole loss with respect to "
+        "its own part. Do not divide by them."
+    )
+    causes = [
+        ("This is the sum of the microbatches' means: weight them.", means),
+        (
+            "This is the plain mean of the microbatches' means, which are of different sizes.",
+            means / count,
         ),
-        "The stages do not share the loss: each has the gradient of the whole loss with respect "
-        "to its own part. Do not divide by them.": expected / stages,
-        "The stages do not share the loss, and the microbatches are of different sizes.": (
-            means / (count * stages)
+        (own_part, expected / stages),
+        (own_part, means / stages),
+        (own_part, means / (count * stages)),
+        (
+            "You divided by the number of microbatches, too: a microbatch's share of the batch is "
+            "all the weight that it needs.",
+            expected / count,
         ),
-        "This is the sum over all examples; the mean is asked for.": expected * total,
-    }
-    for words, gradient in causes.items():
+        (
+            "You divided a microbatch's mean by the examples of the batch: multiply it by its own "
+            "examples first.",
+            means / total,
+        ),
+        ("This is the sum over all examples; the mean is asked for.", expected * total),
+    ]
+    for words, gradient in causes:
         if torch.allclose(ours, gradient, atol=1e-6):
             return words
     return "Compare it with a mean over all examples."
@@ -135,14 +154,14 @@ def check_choose(choose_microbatches: Callable[..., int | None]) -> Verdict:
     for B, p, an_example, room, smallest in (
         (512, 4, 1000, 1e9, 1),
         (512, 4, 1000, 1e9, 16),
-        (512, 4, 1000, 128_000, 8),
+        (512, 4, 1000, 32_000, 8),
         (512, 4, 1000, 100_000, 4),
         (60, 8, 10, 600, 7),
         (64, 8, 10, 640, 32),
-        (64, 4, 1000, 1000, 4),
+        (64, 4, 1000, 15_000, 4),
     ):
         given = (
-            f"B = {B}, p = {p}, {an_example} bytes an example, {room:g} bytes of room, at least "
+            f"B = {B}, p = {p}, {an_example} bytes an example, {room:,.0f} bytes of room, at least "
             f"{smallest} examples"
         )
         fits = [
@@ -152,20 +171,24 @@ def check_choose(choose_microbatches: Callable[..., int | None]) -> Verdict:
         ]
         expected = max(fits, default=None)
         ours = choose_microbatches(B, p, an_example, room, smallest)
-        if ours == expected:
+        if ours == expected and not isinstance(ours, float):
             continue
-        if ours is None or expected is None:
-            raise Wrong(f"for {given}: {expected} is right, and yours is {ours}.")
-        raise Wrong(
-            f"for {given}: {expected} is right, yours is {ours}. {_reason(ours, B, p)}"
-        )
+        if ours is not None and not (isinstance(ours, Integral) and ours >= 1):
+            raise Wrong(
+                "return a whole number of microbatches, 1 or above, or None if nothing fits; for "
+                f"{given} yours is {ours!r}."
+            )
+        explained = _explain(expected if ours is None else ours, B, p, an_example)
+        raise Wrong(f"for {given}: {expected} is right, and yours is {ours}. {explained}")
     return right("as many microbatches as fit, and no smaller than allowed.")
 
 
-def _reason(ours: int, B: int, p: int) -> str:
-    if B % ours:
-        return "It must divide the batch."
+def _explain(m: int, B: int, p: int, bytes_an_example: int) -> str:
+    """What a number of microbatches means for the first GPU."""
+    if B % m:
+        return f"{m} does not divide the batch."
+    size, count = B // m, min(m, p)
     return (
-        f"A microbatch has {B // ours} examples then, and the first GPU holds {min(ours, p)} "
-        "microbatches at once."
+        f"Of {m} microbatches, with {size} of the examples each, the first GPU holds {count} at "
+        f"most: {count * size * bytes_an_example:,} bytes."
     )

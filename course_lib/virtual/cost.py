@@ -73,6 +73,8 @@ def bytes_formula(func: torch._ops.OpOverload) -> Callable[[list, list], int]:
         return lambda inputs, written: _read_and_written([], written)
     if packet in _GATHERS:  # reads the rows that are picked, and the indices that pick them
         return lambda inputs, written: _read_and_written(inputs[1:], [*written, *written])
+    if packet is aten.copy_:  # does not read what it overwrites
+        return lambda inputs, written: _read_and_written(inputs[1:], written)
     return _read_and_written
 
 
