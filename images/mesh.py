@@ -4,10 +4,10 @@ The eight are the corners of a cube, seen from the front so that no edges cross:
 each group is outside, rank 1 inside. A tensor group shares a node.
 """
 
-from drawing import ACTIVATION, GRADIENT, LAYER, Picture, save
+from drawing import ACTIVATION, GRADIENT, LAYER, SOFT, Picture, save
 
 NODE_WIDTH, NODE_HEIGHT = 280, 182
-LEFTS, TOPS = (116, 596), (62, 352)
+LEFTS, TOPS = (116, 596), (80, 370)
 GPU_WIDTH, GPU_HEIGHT = 96, 46
 ASIDE, OUTER, INNER = 12, 34, 14  # from the sides of its node to a GPU
 FASTEST = "The fastest links carry the tensor groups:"
@@ -15,7 +15,7 @@ FASTEST = "The fastest links carry the tensor groups:"
 
 def draw() -> str:
     picture = Picture(
-        616,
+        640,
         "A mesh of eight GPUs: data x pipeline x tensor = 2 x 2 x 2",
         "Four nodes, two columns by two rows, with two GPUs in each. The columns are pipeline "
         "stages 0 and 1; the rows are data replicas 0 and 1. The two GPUs of a node are a tensor "
@@ -43,6 +43,9 @@ def draw() -> str:
         for stage in range(2):
             for tensor in range(2):
                 draw_gpu(picture, replica, stage, tensor)
+    x, y = (LEFTS[0] + NODE_WIDTH + LEFTS[1]) / 2, (TOPS[0] + NODE_HEIGHT + TOPS[1]) / 2
+    picture.text(x, y - 10, "activations on the way forward,", 14, colour=SOFT)
+    picture.text(x, y + 10, "their gradients on the way back", 14, colour=SOFT)
     words = "the most is sent, the most often, within them, and everybody waits for it."
     picture.text(450, TOPS[1] + NODE_HEIGHT + 28, words, 15, lead=FASTEST)
     words = "A data replica sends the least often, and while it computes: a slower link will do."
@@ -67,9 +70,12 @@ def draw_node(picture: Picture, replica: int, stage: int) -> None:
     words = "a tensor group on fast links"
     picture.text(left + NODE_WIDTH / 2, y, words, 14, lead=f"node {2 * replica + stage}:")
     outer, inner = centre(replica, stage, 0), centre(replica, stage, 1)
-    picture.line(outer, inner, colour=ACTIVATION, thickness=10)
+    right, down = (1 if stage == 0 else -1), (1 if replica == 0 else -1)  # from outer to inner
+    x = outer[0] + right * 26
+    start, end = (x, outer[1] + down * GPU_HEIGHT / 2), (inner[0] - right * GPU_WIDTH / 2, inner[1])
+    picture.arrow(start, (x, inner[1]), end, colour=ACTIVATION, thickness=8, both=True)
     # In the corner over or under the inner GPU, beyond the line to the next stage.
-    y = inner[1] + (1 if replica else -1) * (GPU_HEIGHT / 2 + 22)
+    y = inner[1] - down * (GPU_HEIGHT / 2 + 21)
     x, anchor = (left + NODE_WIDTH - 10, "end") if stage == 0 else (left + 10, "start")
     picture.text(x, y - 9, "activations,", 14, anchor, bold=True)
     picture.text(x, y + 9, "four times a block", 14, anchor)

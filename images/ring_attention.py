@@ -31,7 +31,7 @@ def draw() -> str:
     )
     middle = LEFT + (ACROSS + BOX_WIDTH) / 2
     picture.text(middle, 32, "queries stay, keys and values travel", 17, bold=True)
-    picture.text(middle, 58, f"step {SHOWN} of 0 to {N - 1}", 15, colour=SOFT)
+    picture.text(middle, 58, f"step {SHOWN}, of steps 0 to {N - 1}", 15, colour=SOFT)
     draw_ring(picture)
     picture.line((508, 20), (508, 468), colour=tint(SOFT, 0.35), thickness=1)
     draw_table(picture)
@@ -46,15 +46,17 @@ def draw_ring(picture: Picture) -> None:
         draw_gpu(picture, x, y, gpu)
     edge, centre = BOX_HEIGHT / 2, BOX_WIDTH / 2
     outgoing = [(BOX_WIDTH, edge), (centre, BOX_HEIGHT), (0, edge), (centre, 0)]
-    incoming = [(centre, BOX_HEIGHT), (0, edge), (centre, 0), (BOX_WIDTH, edge)]
+    incoming = [(0, edge), (centre, 0), (BOX_WIDTH, edge), (centre, BOX_HEIGHT)]  # at the next
     places = [("middle", 0, -16), ("end", -14, 0), ("middle", 0, -16), ("start", 14, 0)]
     for gpu, (anchor, right, down) in enumerate(places):
         following = (gpu + 1) % N
-        start = boxes[gpu][0] + outgoing[gpu][0], boxes[gpu][1] + outgoing[gpu][1]
-        end = boxes[following][0] + incoming[following][0], boxes[following][1] + incoming[following][1]
+        start, end = (
+            (boxes[box][0] + by[0], boxes[box][1] + by[1])
+            for box, by in ((gpu, outgoing[gpu]), (following, incoming[gpu]))
+        )
         picture.arrow(start, end, colour=ACTIVATION, thickness=4)
         x, y = (start[0] + end[0]) / 2 + right, (start[1] + end[1]) / 2 + down
-        picture.text(x, y, f"then K,V {(gpu - SHOWN) % N}", 14, anchor)
+        picture.text(x, y, f"K,V {(gpu - SHOWN) % N} goes on", 14, anchor)
 
 
 def draw_gpu(picture: Picture, left: float, top: float, gpu: int) -> None:
@@ -74,7 +76,8 @@ def draw_gpu(picture: Picture, left: float, top: float, gpu: int) -> None:
 def draw_table(picture: Picture) -> None:
     """In which step each GPU's queries meet each block of keys."""
     left, top = TABLE_LEFT, TABLE_TOP
-    picture.text(left + N * CELL / 2 - 30, 32, "the step in which they meet", 17, bold=True)
+    middle = left + N * CELL / 2 - 30  # of the table with the names of its rows
+    picture.text(middle, 32, "the step in which they meet", 17, bold=True)
     picture.text(left + N * CELL / 2, 70, "keys and values of block", 15, colour=SOFT)
     for i in range(N):
         picture.text(left + (i + 0.5) * CELL, top - 20, f"K,V {i}", 15, bold=True)
@@ -96,10 +99,9 @@ def draw_table(picture: Picture) -> None:
         corners += [(left + i * CELL, top + i * CELL), (left + (i + 1) * CELL, top + i * CELL)]
     picture.line(*corners, dashed=True, thickness=2.5)
     bottom = top + N * CELL
-    picture.text(left + N * CELL / 2 - 30, bottom + 24, f"framed: step {SHOWN}, as in the circle", 14)
-    words = "right of the dashed line: later tokens,"
-    picture.text(left + N * CELL / 2 - 30, bottom + 50, words, 14)
-    picture.text(left + N * CELL / 2 - 30, bottom + 69, "which a causal mask hides", 14)
+    picture.text(middle, bottom + 24, f"framed: step {SHOWN}, as in the circle", 14)
+    picture.text(middle, bottom + 50, "tokens in order, right of the dashed line:", 14)
+    picture.text(middle, bottom + 69, "later keys, which a causal mask hides", 14)
 
 
 if __name__ == "__main__":

@@ -7,20 +7,21 @@ GPU does not hold is dashed. The borders of both stand in the same places.
 
 from drawing import ACTIVATION, GRADIENT, GREY, INK, LAYER, SOFT, Picture, save, tint
 
-NAMES = 58  # the width of the column with the names of the GPUs
-BORDER = 92
-REGION = (852 - NAMES - 4 * BORDER) / 5
+NAMES = 56  # the width of the column with the names of the GPUs
+BORDER = 96
+REGION = (852 - NAMES - 10 - 4 * BORDER) / 5
 OPERATIONS = "norm", "attention", "add, norm", "MLP", "add"
-TOKENS, D, HIDDEN = 60, 58, 78  # pixels; a hidden layer is drawn less wide than it is
+TOKENS, D, HIDDEN = 60, 68, 76  # pixels; a hidden layer is drawn less wide than it is
 SMALL = 28  # the height of an activation in the upper part
 ABOVE = 44  # the top of the upper part
-TOP, GPU_HEIGHT, GAP = 230, 150, 142
+TOP, GPU_HEIGHT, GAP = 246, 150, 138
 HALF = 44  # the height of half a box of a border
+ARROWS = "the arrows are", "the forward pass;", "backward goes", "against them"
 
 
 def draw() -> str:
     picture = Picture(
-        732,
+        752,
         "Sequence-parallel regions: a transformer block on two GPUs",
         "One transformer block from left to right: norm, attention, add and norm, MLP, add. Above, "
         "tensor parallelism of lesson 06. In norm and add both GPUs have a copy of the activation, "
@@ -41,6 +42,8 @@ def draw() -> str:
         draw_gpu(picture, gpu)
     for index in range(4):
         draw_meeting(picture, index)
+    for i, words in enumerate(ARROWS):
+        picture.text(34, TOP + GPU_HEIGHT + GAP / 2 + 18 * (i - 1.5), words, 13, "start")
     bottom = TOP + 2 * GPU_HEIGHT + GAP
     words = "T: tokens, D: width of the model. An all-reduce is a reduce-scatter and an all-gather:"
     picture.text(450, bottom + 24, words, 15)
@@ -76,9 +79,9 @@ def draw_border(picture: Picture, index: int, top: float, forward: str, backward
 def draw_tensor_parallel(picture: Picture) -> None:
     words = "in norm and add each GPU has a copy of all tokens"
     picture.text(450, 24, words, 16, lead="tensor parallelism (lesson 06):")
-    picture.device(24, ABOVE, 852, 138)
-    rows = [ABOVE + 42, ABOVE + 46 + SMALL]
-    shape_y = ABOVE + 124
+    picture.device(24, ABOVE, 852, 154)
+    rows = [ABOVE + 50, ABOVE + 58 + SMALL]
+    shape_y = ABOVE + 140
     for gpu, top in enumerate(rows):
         picture.text(34, top + SMALL / 2, f"GPU {gpu}", 15, "start", bold=True)
     for region in range(5):
@@ -94,7 +97,7 @@ def draw_tensor_parallel(picture: Picture) -> None:
         picture.text(left_of(region) + REGION / 2, shape_y, shape, 13)
     for index in range(4):
         pair = ["nothing", "all-reduce"]
-        draw_border(picture, index, ABOVE + 16, *(reversed(pair) if index % 2 else pair))
+        draw_border(picture, index, ABOVE + 38, *(reversed(pair) if index % 2 else pair))
         start = border_left(index)
         ends = (start + 4, shape_y), (start + BORDER - 4, shape_y)
         picture.arrow(*ends, colour=SOFT, thickness=1.5)
@@ -154,9 +157,7 @@ def draw_meeting(picture: Picture, index: int) -> None:
     top = TOP + GPU_HEIGHT + (GAP - 2 * HALF) / 2
     draw_border(picture, index, top, *(reversed(pair) if index % 2 else pair))
     middle = border_left(index) + BORDER / 2
-    edges = [
-        (REGION + (HIDDEN if region == 3 else D)) / 2 + 4 for region in (index, index + 1)
-    ]
+    edges = [(REGION + (HIDDEN if region == 3 else D)) / 2 + 4 for region in (index, index + 1)]
     start, end = left_of(index) + edges[0], left_of(index + 1) + REGION - edges[1]
     for gpu in range(2):
         y = activation_top(gpu) + TOKENS / 2

@@ -8,7 +8,7 @@ from drawing import GRADIENT, GREY, LAYER, OPTIMIZER, SOFT, Picture, save, tint
 
 GPUS = 4
 BYTE = 7  # pixels high
-BARS, BAR_WIDTH, BAR_STEP = 266, 92, 110
+BARS, BAR_WIDTH, BAR_STEP = 268, 88, 110
 TOP, ROW_STEP = 74, 144
 STATES = [  # what it is, bytes a parameter, colour, from which stage on it is sharded
     ("parameters", 2, LAYER, 3),
@@ -18,10 +18,10 @@ STATES = [  # what it is, bytes a parameter, colour, from which stage on it is s
     ("variance", 4, OPTIMIZER, 1),
 ]
 ROWS = [  # its name, bytes a parameter, for four GPUs, what is sent, in which collectives
-    (("data", "parallelism"), "16", "16", "2 ×", "all-reduce"),
-    (("ZeRO", "stage 1"), "4 + 12/N", "7", "2 ×", "reduce-scatter, all-gather"),
-    (("ZeRO", "stage 2"), "2 + 14/N", "5.5", "2 ×", "reduce-scatter, all-gather"),
-    (("ZeRO", "stage 3"), "16/N", "4", "3 ×", "two all-gathers, one reduce-scatter"),
+    (("data", "parallelism"), "16", "16", "2 ×", ["all-reduce"]),
+    (("ZeRO", "stage 1"), "4 + 12/N", "7", "2 ×", ["reduce-scatter,", "all-gather"]),
+    (("ZeRO", "stage 2"), "2 + 14/N", "5.5", "2 ×", ["reduce-scatter,", "all-gather"]),
+    (("ZeRO", "stage 3"), "16/N", "4", "3 ×", ["two all-gathers,", "one reduce-scatter"]),
 ]
 
 
@@ -44,10 +44,12 @@ def draw() -> str:
         picture.text(middle, 46, f"GPU {gpu}", 15, bold=True)
     picture.text(24, 24, "what each GPU holds", 16, "start", bold=True)
     picture.text(252, 46, "bytes a parameter", 14, "end", colour=SOFT)
-    picture.text(706, 46, "N GPUs", 15, "start", bold=True)
+    picture.text(704, 46, "on each; here N = 4", 15, "start", bold=True)
     for stage in range(len(ROWS)):
         draw_row(picture, stage)
-    words = "filled: held by this GPU; dashed: held by another one. Filled area is memory, to scale."
+    words = (
+        "filled: held by this GPU; dashed: held by another one. Filled area is memory, to scale."
+    )
     picture.text(450, 650, words, 15)
     picture.text(450, 676, "sent: by each GPU in a step, times (N - 1)/N", 15)
     return picture.svg()
@@ -66,11 +68,12 @@ def draw_row(picture: Picture, stage: int) -> None:
         y += count * BYTE
     for gpu in range(GPUS):
         draw_gpu(picture, BARS + gpu * BAR_STEP, top, gpu, stage)
-    left = 706
-    picture.text(left, middle - 42, size, 19, "start", bold=True)
-    picture.text(left, middle - 20, f"bytes; N = 4: {for_four}", 14, "start")
-    picture.text(left, middle + 8, "the parameters", 14, "start", lead=f"sent: {sent}")
-    picture.text(left, middle + 28, collectives, 13, "start", colour=SOFT)
+    left = 704
+    picture.text(left, middle - 46, size, 19, "start", bold=True)
+    picture.text(left, middle - 24, f"bytes a parameter; here {for_four}", 14, "start")
+    picture.text(left, middle + 6, "the parameters", 14, "start", lead=f"sent: {sent}")
+    for i, line in enumerate(collectives):
+        picture.text(left, middle + 26 + 17 * i, line, 13, "start", colour=SOFT)
 
 
 def draw_gpu(picture: Picture, left: float, top: float, gpu: int, stage: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 import course_lib
 import notebook_tools
+from course_lib.collectives import all_gather, reduce_scatter, ring_all_reduce
 from course_lib.data_parallel import all_reduce_gradients
 from course_lib.exercises.verdict import Verdict
 
@@ -27,6 +29,9 @@ LESSON_NAMES = {
     "F": F,
     "course_lib": course_lib,
     "all_reduce_gradients": all_reduce_gradients,
+    "all_gather": all_gather,
+    "reduce_scatter": reduce_scatter,
+    "ring_all_reduce": ring_all_reduce,
 }
 
 BELITTLING = re.compile(r"\b(simply|just|obviously|trivially)\b", re.IGNORECASE)
@@ -89,7 +94,8 @@ def _from_notebook(lesson: str, name: str) -> tuple[notebook_tools.Exercise, nbf
 def _last_function(source: str) -> Answer:
     names = dict(LESSON_NAMES)
     exec(source, names)
-    return names[list(names)[-1]]
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    return names[functions[-1].name]
 
 
 def each_exercise(exercises: Iterable[Answers]) -> pytest.MarkDecorator:

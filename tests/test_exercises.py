@@ -15,6 +15,8 @@ import answers_03
 import answers_04
 import answers_05
 import answers_06
+import answers_07
+import answers_08
 from course_lib import devices, trace
 from course_lib.models import Block
 from exercise_answers import each_exercise, each_right_answer, each_wrong_answer
@@ -27,6 +29,8 @@ EXERCISES = [
     *answers_04.EXERCISES,
     *answers_05.EXERCISES,
     *answers_06.EXERCISES,
+    *answers_07.EXERCISES,
+    *answers_08.EXERCISES,
 ]
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import gc
+from functools import cache, partial
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import gradcheck
 
 import course_lib
 from course_lib import devices, trace
 from course_lib.compare import largest_difference
 from course_lib.models import GPT, MLP, Attention, Block, next_token_loss
+from course_lib.shards import all_reduce_partial_gradients, largest_copy_difference, unsplit
 from course_lib.tensor_parallel import (
     ColumnLinear,
     CopiedNorm,
@@ -23,20 +24,18 @@ from course_lib.tensor_parallel import (
     ParallelMLP,
     RowLinear,
     VocabularyEmbedding,
-    all_reduce_partial_gradients,
     copy_to_ranks,
     gather_sequence,
-    largest_copy_difference,
     reduce_from_ranks,
     scatter_sequence,
-    unsplit,
     vocabulary_cross_entropy,
 )
 
 counts = pytest.mark.parametrize("count", [1, 2, 4])
-small_counts = pytest.mark.parametrize("count", [1, 2, 3])
+small_counts = pytest.mark.parametrize("count", [1, 3])  # of which the second divides nothing
 regions = pytest.mark.parametrize("by_sequence", [False, True], ids=["replicated", "by-sequence"])
 CLOSE = 1e-12
+gradcheck = partial(torch.autograd.gradcheck, fast_mode=True)  # in one random direction
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +119,7 @@ def require_equal(parallel: nn.Module, single: nn.Module) -> None:
 @small_counts
 def test_copy_to_ranks_has_the_gradient_of_finite_differences(count: int) -> None:
     gpus = devices(count)
-    x = torch.randn(3, 2, requires_grad=True)
+    x = torch.randn(3, 1, requires_grad=True)
     assert gradcheck(lambda x: every(copy_to_ranks(replicate(x, gpus))), x)
 
 
@@ -136,7 +135,7 @@ def test_copy_to_ranks_has_the_gradient_of_finite_differences(count: int) -> Non
 )
 def test_the_other_borders_too(border, read, count: int) -> None:
     gpus = devices(count)
-    xs = [torch.randn(3, 2, requires_grad=True) for _ in gpus]
+    xs = [torch.randn(3, 1, requires_grad=True) for _ in gpus]
     assert gradcheck(lambda *xs: read(border(spread(xs, gpus))), xs)
 
 
@@ -144,11 +143,11 @@ def test_the_other_borders_too(border, read, count: int) -> None:
 @regions
 def test_column_and_row_layers_too(count: int, by_sequence: bool) -> None:
     gpus = devices(count)
-    column = ColumnLinear(nn.Linear(4, 5), gpus, by_sequence)
-    x = torch.randn(3, 4, requires_grad=True)
+    column = ColumnLinear(nn.Linear(2, 4), gpus, by_sequence)
+    x = torch.randn(3, 2, requires_grad=True)
     assert gradcheck(lambda x: every(column(enter(x, gpus, by_sequence)), -1), x)
-    row = RowLinear(nn.Linear(6, 4), gpus, by_sequence)
-    xs = [x.clone().requires_grad_() for x in torch.randn(3, 6).tensor_split(count, -1)]
+    row = RowLinear(nn.Linear(4, 2), gpus, by_sequence)
+    xs = [x.clone().requires_grad_() for x in torch.randn(3, 4).tensor_split(count, -1)]
     assert gradcheck(lambda *xs: leave(row(spread(xs, gpus)), by_sequence), xs)
 
 
@@ -173,14 +172,14 @@ def test_layers_made_of_them_too(single, parallel, count: int, by_sequence: bool
     def run(x_TBD: Tensor) -> Tensor:
         return leave(layer(enter(x_TBD, gpus, by_sequence)), by_sequence)
 
-    assert gradcheck(run, x_TBD, fast_mode=True)
+    assert gradcheck(run, x_TBD)
 
 
 @small_counts
 def test_the_vocabulary_cross_entropy_too(count: int) -> None:
     gpus = devices(count)
-    scores = [part.clone() for part in torch.randn(2, 3, 7).tensor_split(count, -1)]
-    targets = torch.randint(7, (2, 3))
+    scores = [part.clone() for part in torch.randn(1, 2, 5).tensor_split(count, -1)]
+    targets = torch.randint(5, (1, 2))
 
     def run(*scores: Tensor) -> Tensor:
         return ReadOne.apply(*vocabulary_cross_entropy(spread(scores, gpus), targets))
@@ -278,9 +277,10 @@ def backward(parallel: ParallelGPT, tokens_BT: Tensor, targets_BT: Tensor) -> Te
     return only(losses).detach()
 
 
-@counts
 @regions
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("count", "tied"), [(1, True), (2, True), (4, False)], ids=["1-tied", "2-tied", "4-untied"]
+)
 def test_a_gpt_equals_the_gpt_on_one_gpu(count: int, by_sequence: bool, tied: bool) -> None:
     gpt = small_gpt(tied=tied)
     parallel = ParallelGPT(gpt, devices(count), by_sequence)
@@ -291,11 +291,10 @@ def test_a_gpt_equals_the_gpt_on_one_gpu(count: int, by_sequence: bool, tied: bo
     require_equal(parallel, gpt)
 
 
-@counts
 @regions
-def test_several_steps_of_training_stay_equal(count: int, by_sequence: bool) -> None:
+def test_several_steps_of_training_stay_equal(by_sequence: bool) -> None:
     gpt = small_gpt(depth=1)
-    parallel = ParallelGPT(gpt, devices(count), by_sequence)
+    parallel = ParallelGPT(gpt, devices(4), by_sequence)
     ours, theirs = (
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in (parallel, gpt)
     )
@@ -307,10 +306,10 @@ def test_several_steps_of_training_stay_equal(count: int, by_sequence: bool) -> 
         next_token_loss(gpt(tokens_BT), targets_BT).backward()
         for optimizer in (ours, theirs):
             optimizer.step()
-        require_equal(parallel, gpt)
+    require_equal(parallel, gpt)
 
 
-@pytest.mark.parametrize("T", [7, 5, 3])
+@pytest.mark.parametrize("T", [7, 3])
 def test_a_sequence_need_not_divide(T: int) -> None:
     gpt = small_gpt(depth=1)
     parallel = ParallelGPT(gpt, devices(4), sequence_parallel=True)
@@ -408,9 +407,9 @@ def test_a_block_moves_two_all_reduces_forward_and_two_backward_and_nothing_else
     assert backward.bytes_moved == ring(gpus, 2 * all_reduce)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_a_gpt_moves_one_more_each_way_and_three_numbers_a_token(count: int) -> None:
-    gpt = small_gpt(depth=3, context=8)
+def test_a_gpt_moves_one_more_each_way_and_three_numbers_a_token() -> None:
+    count, depth = 4, 2
+    gpt = small_gpt(depth=depth)
     gpus = devices(count)
     parallel = ParallelGPT(gpt, gpus)
     tokens_BT, targets_BT = torch.randint(13, (2, 8)), torch.randint(13, (2, 8))
@@ -419,7 +418,7 @@ def test_a_gpt_moves_one_more_each_way_and_three_numbers_a_token(count: int) -> 
     all_reduce = 2 * (count - 1) / count * tokens_BT.numel() * 8  # of one number a token
     largest = (count - 1) * tokens_BT.numel() * 8
     embedding_and_head = 2
-    expected = (4 * 3 + embedding_and_head) * 8 * all_reduce + 2 * all_reduce + largest
+    expected = (4 * depth + embedding_and_head) * 8 * all_reduce + 2 * all_reduce + largest
     sent = {route: n for route, n in recording.bytes_moved.items() if "host" not in route}
     assert sent == ring(gpus, expected)
 
@@ -448,6 +447,7 @@ def test_without_it_there_are_none() -> None:
 WIDTH, HEADS, SEQUENCE, BATCH, RANKS = 4096, 32, 2048, 1, 4
 
 
+@cache
 def activations(by_sequence: bool) -> tuple[int, int]:
     """Bytes that a block of a large GPT holds on one A100 after the forward pass; at most ever."""
     gpus = devices(RANKS, course_lib.A100, backing="meta")

@@ -80,7 +80,7 @@ def _row_mistake(
         return "the bias is missing."
     if close(expected + (times - 1) * bias):
         return f"the bias is in it {times:.2g} times: add it once, after the sum."
-    return "this is not X W + b. Are the terms of all GPUs in it?"
+    return "this is not X Wᵀ + b. Are the terms of all GPUs in it?"
 
 
 @check

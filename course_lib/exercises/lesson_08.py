@@ -17,23 +17,43 @@ def check_fit(lowest_stage: Callable[[float, int, float], int | None]) -> Verdic
     """Graded on models, counts and memories at both sides of each stage's limit."""
     for parameters, count, memory, expected in (
         (1e9, 4, 80e9, 0),
-        (5e9, 4, 80e9, 0),
-        (7e9, 2, 80e9, 1),
+        (5e9, 4, 80e9, 0),  # to the last byte, as the others below without a remainder
+        (5.1e9, 4, 80e9, 1),
+        (5e9, 4, 40e9, 1),
+        (8e9, 2, 80e9, 1),
+        (8.1e9, 2, 80e9, 2),
         (11e9, 8, 80e9, 1),
         (15e9, 8, 80e9, 2),
-        (20e9, 8, 80e9, 2),
-        (30e9, 8, 80e9, 3),
+        (20e9, 7, 80e9, 2),
+        (21e9, 7, 80e9, 3),
+        (40e9, 8, 80e9, 3),
+        (41e9, 8, 80e9, None),
         (70e9, 16, 80e9, 3),
-        (70e9, 8, 80e9, None),
         (6e9, 1, 80e9, None),
     ):
         ours = lowest_stage(parameters, count, memory)
-        if ours != expected or (ours is False):
+        if ours != expected or isinstance(ours, bool):
+            case = (
+                f"{parameters / 1e9:g} billion parameters on {_gpus(count)} of {memory / 1e9:g} GB"
+            )
             raise Wrong(
-                f"{parameters / 1e9:g} billion parameters on {count} GPUs of "
-                f"{format_bytes(memory)}: {expected} is right, and yours is {ours}."
+                f"{case}: {expected} is right, and yours is {ours!r}."
+                f"{_fit_mistake(ours, parameters, count, memory)}"
             )
     return right("the lowest stage that fits, on both sides of each limit.")
+
+
+def _fit_mistake(ours: object, parameters: float, count: int, memory: float) -> str:
+    """What the stage takes that was returned, "" if none was."""
+    if isinstance(ours, bool) or ours not in (0, 1, 2, 3):
+        return ""
+    needed = parameters * (16, 4 + 12 / count, 2 + 14 / count, 16 / count)[int(ours)]
+    fits = " and fits, and a lower one fits as well" if needed <= memory else " and does not fit"
+    return f" Stage {ours} takes {needed / 1e9:g} GB{fits}."
+
+
+def _gpus(count: int) -> str:
+    return "1 GPU" if count == 1 else f"{count} GPUs"
 
 
 @check
@@ -56,16 +76,27 @@ def check_step(sgd_step: Callable[[list[Tensor], list[Tensor], float], None]) ->
             for rank, result in enumerate(results):
                 if not torch.allclose(result, expected, atol=1e-5):
                     mistake = _step_mistake(result, parameters, gradients, rank)
-                    raise Wrong(f"on {count} GPUs, GPU {rank}: {mistake}", facts)
+                    raise Wrong(f"on {_gpus(count)}, GPU {rank}: {mistake}", facts)
+            if any("host" in route for route in t.bytes_moved):
+                raise Wrong("numbers went over the host: use the collectives.", facts)
             if any(not torch.equal(results[0], result) for result in results):
                 raise Wrong(
                     "the rows agree, but not to the last bit: send what one computed.", facts
                 )
-            if any("host" in route for route in t.bytes_moved):
-                raise Wrong("numbers went over the host: use the collectives.", facts)
             if sent > most:
-                raise Wrong("a GPU sends more than 2 (N - 1)/N rows.", facts)
+                raise Wrong(f"on {count} GPUs, one sends more than 2 (N - 1)/N rows.", facts)
+            if count > 1 and _adds_whole_rows(t, parameters.nbytes):
+                raise Wrong(
+                    f"on {count} GPUs, one adds to a whole row: it may update its shard only.",
+                    facts,
+                )
     return right("each GPU has updated its shard, and all have all.", facts)
+
+
+def _adds_whole_rows(t: timeline.Trace, nbytes: int) -> bool:
+    """Whether some sum or difference has the length of a row: it reads two and writes one."""
+    sums = [span for span in t.spans if span.name.startswith(("add", "sub"))]
+    return any(span.bytes >= 3 * nbytes for span in sums)
 
 
 def _most_sent(t: timeline.Trace) -> int:
@@ -89,6 +120,7 @@ def _step_mistake(result: Tensor, before: Tensor, gradients: list[Tensor], rank:
             before - 0.1 * total / count
         ),
         "this is a step in the wrong direction.": before + 0.1 * total,
+        "this is a step without lr.": before - total,
     }
     for words, value in causes.items():
         if torch.allclose(result, value, atol=1e-5):
@@ -108,13 +140,14 @@ def check_gather(sharded_forward: Callable[..., Sequence[Tensor]]) -> Verdict:
         ]
         inputs = [torch.randn(2, width) for _ in gpus]
         xs = [x.to(gpu) for x, gpu in zip(inputs, gpus, strict=True)]
-        before = hardware.memory_in_use(gpus[1])
+        before = [hardware.memory_in_use(gpu) for gpu in gpus]
         with timeline.trace() as t:
             outs = sharded_forward([list(shards) for shards in layers], list(xs))
         if not isinstance(outs, (list, tuple)) or len(outs) != count:
             raise Wrong(f"return a list of {count} outputs, one for each GPU.")
         whole = weights[0].nbytes
-        peak = t.peak_memory[1] - before
+        peaks = [peak - held for peak, held in zip(t.peak_memory, before, strict=True)]
+        peak = max(peaks)
         sent = _most_sent(t)
         least = depth * (count - 1) * whole // count
         facts = [
@@ -122,18 +155,37 @@ def check_gather(sharded_forward: Callable[..., Sequence[Tensor]]) -> Verdict:
             ("most bytes sent by one GPU", format_bytes(sent), f"at most {format_bytes(least)}"),
         ]
         for gpu, out, x in zip(gpus, outs, inputs, strict=True):
-            for weight in weights:
-                x = F.relu(F.linear(x, weight))
-            if out.device != gpu or not torch.allclose(out.cpu(), x, atol=1e-4):
-                raise Wrong(f"the output on {gpu} is not relu(x W) through all layers.", facts)
+            _judge_output(out, x, weights, gpu, facts)
         if any("host" in route for route in t.bytes_moved):
-            raise Wrong("weights went over the host: use all_gather.", facts)
+            raise Wrong("numbers went over the host: use all_gather.", facts)
         if sent > least:
             raise Wrong("weights are gathered more than once.", facts)
+        if sent < least:
+            raise Wrong("the inputs travel and not the weights: that is lesson 06's way.", facts)
         if peak > 1.2 * whole:
             raise Wrong(
-                f"a GPU held {peak / whole:.1f} whole weights at once: forget one before you "
-                "gather the next.",
+                f"GPU {peaks.index(peak)} held {peak / whole:.1f} whole weights at once: "
+                f"{_memory_mistake(peak / whole)}",
                 facts,
             )
-        return right("one whole weight at a time, each gathered once.", facts)
+        return right("at most one whole weight at a time, each gathered once.", facts)
+
+
+def _judge_output(
+    out: Tensor, x: Tensor, weights: list[Tensor], gpu: torch.device, facts: list
+) -> None:
+    expected = linear = x
+    for weight in weights:
+        expected, linear = F.relu(F.linear(expected, weight)), F.linear(linear, weight)
+    if not isinstance(out, Tensor) or out.device != gpu or out.shape != x.shape:
+        raise Wrong(f"return on {gpu} its output, of the shape {tuple(x.shape)}.", facts)
+    if torch.allclose(out.cpu(), linear, atol=1e-4):
+        raise Wrong(f"the output on {gpu} lacks the relu after each layer.", facts)
+    if not torch.allclose(out.cpu(), expected, atol=1e-4):
+        raise Wrong(f"the output on {gpu} is not relu(x Wᵀ) through all layers.", facts)
+
+
+def _memory_mistake(wholes: float) -> str:
+    if wholes < 1.9:
+        return "shards that arrive must not lie beside the whole weight that they become."
+    return "forget one before you gather the next."
