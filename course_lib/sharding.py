@@ -163,6 +163,7 @@ class Sharded:
 
     def _renew_parameters(self, unit: _Unit) -> None:
         """Round the master weights to parameters, and put them where the stage has them."""
+        # If both are in one dtype, they are the same memory.
         shards = [master.to(self.dtype) for master in unit.masters]
         if self.stage == 0:
             unit.set_rows(shards)

@@ -37,8 +37,6 @@ from torch.nn import functional as F
 from course_lib.collectives import all_gather, reduce_scatter, ring_all_reduce
 from course_lib.models import GPT, Attention, Block
 from course_lib.shards import Devices, Shards, Tensors
-from course_lib.shards import all_reduce_partial_gradients as all_reduce_partial_gradients
-from course_lib.shards import unsplit as unsplit  # both because lessons import them from here
 
 
 class _Border(torch.autograd.Function):

@@ -17,6 +17,7 @@ import answers_05
 import answers_06
 import answers_07
 import answers_08
+import answers_09
 from course_lib import devices, trace
 from course_lib.models import Block
 from exercise_answers import each_exercise, each_right_answer, each_wrong_answer
@@ -31,6 +32,7 @@ EXERCISES = [
     *answers_06.EXERCISES,
     *answers_07.EXERCISES,
     *answers_08.EXERCISES,
+    *answers_09.EXERCISES,
 ]
 
 

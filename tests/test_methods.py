@@ -1,0 +1,188 @@
+"""Every method that lesson 09 compares is the same training; what it took is counted right."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from course_lib import methods
+from course_lib.compare import largest_difference
+from course_lib.hardware import host_seconds, memory_in_use, peak_memory
+from course_lib.methods import METHODS, Measurement, compare, measure
+from course_lib.models import GPT, next_token_loss, parameter_count
+from course_lib.shards import unsplit
+from course_lib.virtual.machine import machine
+from round_numbers import SPEC, seconds
+
+VOCABULARY, LENGTH = 11, 8
+each_method = pytest.mark.parametrize("name", METHODS)
+
+# The class or function that each method makes its model with, and how to get that back whole.
+MODELS: dict[str, tuple[str, Callable[[object, GPT], nn.Module]]] = {
+    "data": ("replicate", lambda replicas, gpt: replicas[0]),
+    "sharded": ("Sharded", lambda model, gpt: model.to_model()),
+    "pipeline": ("Pipeline", lambda model, gpt: nn.Sequential(*chain(*model.stages))),
+    "tensor": ("ParallelGPT", unsplit),
+    "sequence": ("ContextParallelGPT", lambda model, gpt: model.replicas[0]),
+}
+
+
+def a_gpt() -> GPT:
+    """Untied, since two of the methods take no other."""
+    return GPT(VOCABULARY, context=LENGTH, width=8, heads=2, depth=2, tied=False)
+
+
+def a_batch(size: int = 8) -> tuple[Tensor, Tensor]:
+    return torch.randint(VOCABULARY, (size, LENGTH)), torch.randint(VOCABULARY, (size, LENGTH))
+
+
+def on_one_gpu(gpt: GPT, tokens: Tensor, targets: Tensor, steps: int) -> GPT:
+    model = copy.deepcopy(gpt)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(steps):
+        optimizer.zero_grad()
+        next_token_loss(model(tokens), targets).backward()
+        optimizer.step()
+    return model
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The models that the methods have made."""
+    models: list = []
+
+    def keeping(make: Callable) -> Callable:
+        def make_and_keep(*arguments, **options):
+            models.append(make(*arguments, **options))
+            return models[-1]
+
+        return make_and_keep
+
+    for attribute, _ in MODELS.values():
+        monkeypatch.setattr(methods, attribute, keeping(getattr(methods, attribute)))
+    return models
+
+
+@pytest.fixture(params=["AdamW", "SGD"])
+def optimizer(request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW, as it is, and SGD in its place: to AdamW twice the gradient is the same."""
+    if request.param == "SGD":
+        sgd = partial(torch.optim.SGD, lr=0.1)
+        monkeypatch.setattr(torch.optim, "AdamW", sgd)
+        monkeypatch.setattr(methods, "Sharded", partial(methods.Sharded, make_optimizer=sgd))
+
+
+@each_method
+def test_two_steps_are_those_of_one_gpu(vgpus, optimizer, made, name: str) -> None:
+    gpt, batch = a_gpt(), a_batch()
+    step = METHODS[name](gpt, vgpus[:2], *batch)
+    step()
+    step()
+    _, to_model = MODELS[name]
+    ours, expected = to_model(made[0], gpt).cpu(), on_one_gpu(gpt, *batch, steps=2)
+    for parameter, wanted in zip(ours.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(parameter, wanted, rtol=0, atol=2e-6)
+    assert largest_difference(expected, gpt) > 1e-3
+
+
+@each_method
+def test_the_model_stays_as_it_is(vgpus, name: str) -> None:
+    gpt, batch = a_gpt(), a_batch()
+    before = copy.deepcopy(gpt)
+    METHODS[name](gpt, vgpus[:2], *batch)()
+    assert largest_difference(gpt, before) == 0
+    assert all(parameter.grad is None for parameter in gpt.parameters())
+    assert all(parameter.device.type == "cpu" for parameter in gpt.parameters())
+
+
+# What is measured.
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize(("name", "times"), [("data", 2), ("sharded", 3)])
+def test_bytes_sent_are_those_of_rings(vgpus, name: str, times: int, count: int) -> None:
+    gpt, gpus = a_gpt(), vgpus[:count]
+    nbytes = 4 * parameter_count(gpt)
+    sent = measure(METHODS[name](gpt, gpus, *a_batch()), gpus).sent
+    assert sent * count == times * (count - 1) * nbytes
+
+
+def test_copies_from_and_to_the_host_are_not_sent(vgpus) -> None:
+    def step() -> None:
+        torch.zeros(100).to(vgpus[0]).to(vgpus[1]).cpu()
+
+    assert measure(step, vgpus).sent == 400
+
+
+def test_the_device_that_sends_most_counts(vgpus) -> None:
+    def step() -> None:
+        torch.zeros(3, device=vgpus[0]).to(vgpus[1])
+        for target in (vgpus[0], vgpus[2]):
+            torch.zeros(2, device=vgpus[1]).to(target)
+
+    assert measure(step, vgpus).sent == 16
+
+
+def test_the_second_step_is_what_is_measured(gpus) -> None:
+    kept: list[Tensor] = []
+
+    def step() -> None:
+        """Makes something that stays the first time, and something that goes each time."""
+        if not kept:
+            kept.append(torch.zeros(1000, device=gpus[1]))
+        torch.zeros(250, device=gpus[1])
+
+    # One write of 1000 bytes, enqueued after the launch.
+    expected = SPEC.launch_overhead + 1000 / SPEC.memory_bandwidth
+    assert measure(step, gpus) == Measurement(seconds(expected), 5000, 4000, 0)
+
+
+def test_data_parallelism_holds_parameters_gradients_and_moments_between_steps(vgpus) -> None:
+    gpt, (tokens, targets) = a_gpt(), a_batch()
+    measured = measure(METHODS["data"](gpt, vgpus[:2], tokens, targets), vgpus[:2])
+    assert measured.between_steps == 4 * 4 * parameter_count(gpt) + tokens.nbytes
+    assert measured.peak > measured.between_steps
+
+
+# A comparison.
+
+
+def test_what_does_not_fit_has_no_measurement(vgpus) -> None:
+    gpt, names = a_gpt(), ["sharded", "data", "pipeline"]
+    roomy = compare(gpt, 4, LENGTH, 2, SPEC, names)
+    assert list(roomy) == names
+    assert roomy["sharded"].peak < roomy["data"].peak
+    tight = SPEC.with_(memory=roomy["data"].peak - 1)
+    results = compare(gpt, 4, LENGTH, 2, tight, names)
+    assert results == roomy | {"data": None}
+
+
+def test_a_comparison_leaves_the_program_as_it_was(vgpus) -> None:
+    gpt, here = a_gpt(), torch.ones(1000, device=vgpus[0])
+    here.add_(1)
+
+    def state() -> list:
+        numbers = [generator.get_state().tolist() for generator in machine.generators]
+        memories = [(memory_in_use(gpu), peak_memory(gpu)) for gpu in vgpus]
+        host = random.getstate(), np.random.get_state()[1].tolist()
+        return [host_seconds(), machine.device_count, machine.spec, memories, numbers, host]
+
+    before, dice = state(), torch.get_rng_state()
+    results = compare(gpt, 4, LENGTH, 2, SPEC.with_(memory=20_000), list(METHODS))
+    assert None in results.values()
+    assert state() == before
+    assert torch.equal(torch.get_rng_state(), dice)
+    assert torch.equal(here.cpu(), torch.full((1000,), 2.0))
+
+
+def test_a_comparison_is_the_same_each_time(vgpus) -> None:
+    first, second = (compare(a_gpt(), 4, LENGTH, 2, SPEC, list(METHODS)) for _ in range(2))
+    assert first == second
