@@ -310,3 +310,9 @@ def _check(
     ):
         if is_wrong:
             raise ValueError(f"Sharded cannot do this: {what}")
+
+
+def bytes_a_parameter(stage: int, device_count: int) -> float:
+    """Bytes of parameters, gradients and optimizer state on each device, in mixed precision."""
+    n = device_count
+    return (16.0, 4 + 12 / n, 2 + 14 / n, 16 / n)[stage]

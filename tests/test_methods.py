@@ -40,8 +40,8 @@ def a_gpt() -> GPT:
     return GPT(VOCABULARY, context=LENGTH, width=8, heads=2, depth=2, tied=False)
 
 
-def a_batch(size: int = 8) -> tuple[Tensor, Tensor]:
-    return torch.randint(VOCABULARY, (size, LENGTH)), torch.randint(VOCABULARY, (size, LENGTH))
+def a_batch() -> tuple[Tensor, Tensor]:
+    return torch.randint(VOCABULARY, (4, LENGTH)), torch.randint(VOCABULARY, (4, LENGTH))
 
 
 def on_one_gpu(gpt: GPT, tokens: Tensor, targets: Tensor, steps: int) -> GPT:
@@ -106,7 +106,7 @@ def test_the_model_stays_as_it_is(vgpus, name: str) -> None:
 # What is measured.
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize(("name", "times"), [("data", 2), ("sharded", 3)])
 def test_bytes_sent_are_those_of_rings(vgpus, name: str, times: int, count: int) -> None:
     gpt, gpus = a_gpt(), vgpus[:count]
@@ -156,7 +156,7 @@ def test_data_parallelism_holds_parameters_gradients_and_moments_between_steps(v
 
 
 def test_what_does_not_fit_has_no_measurement(vgpus) -> None:
-    gpt, names = a_gpt(), ["sharded", "data", "pipeline"]
+    gpt, names = a_gpt(), ["sharded", "data"]
     roomy = compare(gpt, 4, LENGTH, 2, SPEC, names)
     assert list(roomy) == names
     assert roomy["sharded"].peak < roomy["data"].peak
@@ -181,8 +181,3 @@ def test_a_comparison_leaves_the_program_as_it_was(vgpus) -> None:
     assert state() == before
     assert torch.equal(torch.get_rng_state(), dice)
     assert torch.equal(here.cpu(), torch.full((1000,), 2.0))
-
-
-def test_a_comparison_is_the_same_each_time(vgpus) -> None:
-    first, second = (compare(a_gpt(), 4, LENGTH, 2, SPEC, list(METHODS)) for _ in range(2))
-    assert first == second

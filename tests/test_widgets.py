@@ -11,15 +11,20 @@ from course_lib import devices, style, widgets
 from course_lib.hardware import memory_in_use
 from course_lib.virtual.machine import machine
 
+ALL = [getattr(widgets, name) for name in dir(widgets) if name.startswith("explore_")]
+# These draw in a blink, so that each of their settings can be tried.
 EXPLORERS = [
+    widgets.explore_all_reduce,
     widgets.explore_queues,
+    widgets.explore_schedules,
+    widgets.explore_sharding,
     widgets.explore_step,
     widgets.explore_data_parallel,
     widgets.explore_stages,
 ]
 
 
-@pytest.mark.parametrize("make", EXPLORERS)
+@pytest.mark.parametrize("make", ALL)
 def test_an_explorer_has_a_short_name_and_a_static_picture(make) -> None:
     bundle = make()._repr_mimebundle_()
     assert bundle["text/plain"].startswith("<explorer: ")
