@@ -312,7 +312,7 @@ def sorted_by_what_counts(*arguments):
     return ranked[-1] if ranked else None
 
 
-@CHOOSE.wrong("for 8 GPUs", "(8, 1, 1) is right", "(1, 1, 8)", "more data parallelism fits")
+@CHOOSE.wrong("(2, 3, 8) is right", "(1, 6, 8)", "more data parallelism fits")
 def the_most_model_parallelism(*arguments):
     return min(meshes(*arguments), key=lambda mesh: (mesh[0], mesh[1]), default=None)
 
@@ -338,9 +338,9 @@ def leaving_gpus_out(N, P, memory, node, layers):
     return 1, 1, int(tensor)
 
 
-@CHOOSE.wrong("for 12 GPUs", "(4, 1, 3) is right", "(3, 1, 4)", "more data parallelism fits")
+@CHOOSE.wrong("(2, 3, 8) is right", "yours is None", "This one fits")
 def powers_of_two_alone(*arguments):
-    powers = [mesh for mesh in meshes(*arguments) if mesh[2] in (1, 2, 4, 8)]
+    powers = [mesh for mesh in meshes(*arguments) if {*mesh[1:]} <= {1, 2, 4, 8, 16}]
     return min(powers, key=lambda mesh: (-mesh[0], mesh[1]), default=None)
 
 
