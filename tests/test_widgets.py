@@ -12,15 +12,12 @@ from course_lib.hardware import memory_in_use
 from course_lib.virtual.machine import machine
 
 ALL = [getattr(widgets, name) for name in dir(widgets) if name.startswith("explore_")]
-# These draw in a blink, so that each of their settings can be tried.
+# These draw fast, so that several of their settings can be tried.
 EXPLORERS = [
     widgets.explore_all_reduce,
     widgets.explore_queues,
-    widgets.explore_schedules,
     widgets.explore_sharding,
     widgets.explore_step,
-    widgets.explore_data_parallel,
-    widgets.explore_stages,
 ]
 
 
