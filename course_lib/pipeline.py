@@ -80,7 +80,7 @@ def draw(schedule: Schedule, ax: Axes | None = None, **durations: float) -> Axes
         look = {"facecolor": (colour, 1 / (1 + earlier_stages)), "edgecolor": "white"}
         ax.broken_barh([(begin, end - begin)], (device - 0.4, 0.8), **look)
         ink = style.INK if earlier_stages else ink
-        if end - begin < 0.012 * whole:
+        if end - begin < 0.008 * whole:
             continue  # too narrow for a number
         middle = (begin + end) / 2, device
         ax.annotate(str(step.microbatch), middle, ha="center", va="center", color=ink, fontsize=8)

@@ -274,6 +274,28 @@ def with_solutions(nb: NotebookNode) -> NotebookNode:
     return nb
 
 
+def without_measurements(nb: NotebookNode) -> NotebookNode:
+    """A copy of the lesson that only defines things until its exercises begin.
+
+    Of the cells before them the set-up stays, and of the others imports, classes, and functions
+    whose definition computes nothing: what a solution may use. What the lesson measures and draws
+    takes minutes, and nbval runs it.
+    """
+    nb = copy.deepcopy(nb)
+    for cell in nb.cells[: min(exercise.stub_index for exercise in exercises(nb))]:
+        if cell.cell_type == "code" and cell.id != "setup":
+            tree = ast.parse(cell.source)
+            tree.body = [part for part in tree.body if _only_defines(part)]
+            cell.source = ast.unparse(tree)
+    return nb
+
+
+def _only_defines(part: ast.stmt) -> bool:
+    if isinstance(part, ast.FunctionDef):
+        return not part.args.defaults
+    return isinstance(part, (ast.Import, ast.ImportFrom, ast.ClassDef))
+
+
 def said(cell: NotebookNode) -> str:
     """What a code cell says: its stdout and the text of its results."""
     parts = []

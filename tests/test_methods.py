@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from course_lib import methods
 from course_lib.compare import largest_difference
-from course_lib.hardware import host_seconds, memory_in_use, peak_memory
+from course_lib.hardware import host_seconds, memory_in_use, other_devices, peak_memory
 from course_lib.methods import METHODS, Measurement, compare, measure
 from course_lib.models import GPT, next_token_loss, parameter_count
 from course_lib.shards import unsplit
@@ -133,20 +133,19 @@ def test_the_device_that_sends_most_counts(vgpus) -> None:
     assert measure(step, vgpus).sent == 16
 
 
-def test_the_second_step_is_what_is_measured(gpus) -> None:
+def test_the_second_step_is_what_is_measured() -> None:
     kept: list[Tensor] = []
-
-    def step() -> None:
-        kept.append(torch.zeros(250, device=gpus[1]))
-
+    with other_devices(4, SPEC) as gpus:
+        measured = measure(lambda: kept.append(torch.zeros(250, device=gpus[1])), gpus)
     # One write of 1000 bytes, enqueued after the launch.
     expected = SPEC.launch_overhead + 1000 / SPEC.memory_bandwidth
-    assert measure(step, gpus) == Measurement(seconds(expected), 2000, 1000, 0)
+    assert measured == Measurement(seconds(expected), 2000, 1000, 0)
 
 
-def test_data_parallelism_holds_parameters_gradients_and_moments_between_steps(vgpus) -> None:
+def test_data_parallelism_holds_parameters_gradients_and_moments_between_steps() -> None:
     gpt, (tokens, targets) = a_gpt(), a_batch()
-    measured = measure(METHODS["data"](gpt, vgpus[:2], tokens, targets), vgpus[:2])
+    with other_devices(2) as gpus:
+        measured = measure(METHODS["data"](gpt, gpus, tokens, targets), gpus)
     assert measured.between_steps == 4 * 4 * parameter_count(gpt) + tokens.nbytes
     assert measured.peak > measured.between_steps
 
