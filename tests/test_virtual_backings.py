@@ -226,3 +226,19 @@ def test_a_block_of_gpt_3_computes_faster_than_the_real_one(
     # their peak, and the real run has a pipeline too: the simulated one must be faster, and
     # slower than the data sheet's 312.
     assert 153 < tera < 312
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no NVIDIA GPU")
+def test_virtual_gpus_on_a_real_one_compute_what_the_cpu_does(vgpus: list[torch.device]):
+    """Two virtual GPUs on one real one: a split MLP, forward and backward."""
+    results = []
+    for backing in ("cpu", "cuda:0"):
+        first, second = course_lib.devices(2, backing=backing)
+        torch.manual_seed(0)
+        layers = nn.Linear(8, 8).to(first), nn.Linear(8, 8).to(second)
+        x = torch.linspace(-1, 1, 16).view(2, 8).to(first).requires_grad_()
+        layers[1](layers[0](x).to(second)).square().sum().backward()
+        results.append((x.grad.cpu(), course_lib.host_seconds()))
+    (on_cpu, simulated), (on_cuda, same) = results
+    assert torch.allclose(on_cpu, on_cuda, atol=1e-4)
+    assert simulated == same
