@@ -541,6 +541,7 @@ def _change_shape_in_place(operator: Operator, args: tuple, kwargs: dict) -> Vir
 # Python's own bindings read their arguments faster than an operator does that is called by name:
 # a microsecond for each of the operators that training consists of.
 _QUICKER: dict[torch._ops.OpOverload, Callable] = {
+    aten._softmax.default: torch._softmax,
     aten.add.Tensor: torch.add,
     aten.add_.Tensor: torch.Tensor.add_,
     aten.addmm.default: torch.addmm,
