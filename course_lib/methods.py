@@ -16,12 +16,12 @@ from torch import Tensor
 from course_lib import hardware, timeline
 from course_lib.context_parallel import ContextParallelGPT, next_token_losses, split_sequence
 from course_lib.data_parallel import (
-    GradientBuckets,
     all_reduce_gradients,
     backward_on_shards,
     replicate,
     split_batch,
 )
+from course_lib.gradient_buckets import GradientBuckets
 from course_lib.models import GPT, next_token_loss
 from course_lib.pipeline import Pipeline
 from course_lib.schedules import one_f_one_b
@@ -138,12 +138,9 @@ def measure(step: Step, devices: Devices) -> Measurement:
     step()
     with timeline.trace() as t:
         step()
-    sent = {str(device): 0 for device in devices}
-    for (source, destination), nbytes in t.bytes_moved.items():
-        if "host" not in (source, destination):
-            sent[source] += nbytes
+    sent = max(t.bytes_sent(device) for device in devices)
     starts = [history[0][1] for history in t.memory]
-    return Measurement(t.seconds, max(t.peak_memory), max(starts), max(sent.values()))
+    return Measurement(t.seconds, max(t.peak_memory), max(starts), sent)
 
 
 def compare(

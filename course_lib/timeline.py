@@ -11,6 +11,7 @@ On virtual GPUs the times are simulated; on real ones the same object is filled 
 from __future__ import annotations
 
 import gc
+import math
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
@@ -104,6 +106,11 @@ class Trace:
         """Bytes copied from one device to another; copies from and to the host left out."""
         return sum(span.bytes for span in self.spans if span.route and None not in span.route)
 
+    def bytes_sent(self, device: torch.device) -> int:
+        """Bytes that ``device`` sent to other devices."""
+        copies = (span for span in self.spans if span.route and None not in span.route)
+        return sum(span.bytes for span in copies if span.route[0] == device.index)
+
     def busy_seconds(self, index: int) -> float:
         """Seconds in which device ``index`` computed or copied."""
         busy = done = 0.0
@@ -120,8 +127,8 @@ class Trace:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of all matrix products (virtual GPUs only)."""
-        return sum(span.flops for span in self.spans)
+        """Floating-point operations of all matrix products; not a number on real GPUs."""
+        return sum(span.flops for span in self.spans) if self.simulated else math.nan
 
     def seconds_by_kind(self, region: str | None = None) -> dict[str, float]:
         """Device seconds of ``"matmul"``, ``"other"`` and ``"copy"``, in one region or in all."""

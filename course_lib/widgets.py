@@ -205,22 +205,10 @@ def explore_data_parallel() -> Explorer:
             exchange.append(seconds[1] * 1e3)
         total = [a + b for a, b in zip(computing, exchange, strict=True)]
         best = min(range(len(counts)), key=total.__getitem__)
-        figure, ax = style.figure(height=3.0)
-        places = range(len(counts))
-        ax.bar(places, computing, color=style.BLUE, label="computing")
-        ax.bar(
-            places, exchange, bottom=computing, label="exchange",
-            color=style.ORANGE, hatch="////", edgecolor="white", linewidth=0,
-        )  # fmt: skip
-        for place, milliseconds in zip(places, total, strict=True):
-            ax.text(
-                place, milliseconds, f"{total[0] / milliseconds:.2f}x", ha="center", va="bottom"
-            )
-        ax.set_xticks(places, counts)
-        ax.set(xlabel="GPUs", ylabel="milliseconds a step", ylim=(0, 1.15 * max(total)))
-        ax.set_title(f"Fastest with {counts[best]} (simulated; speed-up above each bar)")
-        figure.legend(loc="outside lower right", ncols=2)
-        return figure
+        title = f"Fastest with {counts[best]} (simulated; speed-up above each bar)"
+        return _draw_speed_ups(
+            "GPUs", counts, {"computing": computing, "exchange": exchange}, title
+        )
 
     return Explorer(
         draw,
@@ -228,6 +216,27 @@ def explore_data_parallel() -> Explorer:
         width=choice("width", [64, 128, 256, 512], 512),
         link=choice("link speed, times this GPU's", [0.1, 0.5, 1, 2, 10, 100], 1),
     )
+
+
+def _draw_speed_ups(
+    what: str, counts: list[int], parts: dict[str, list[float]], title: str
+) -> Figure:
+    """Two parts of the milliseconds of a step, stacked, for several numbers of GPUs."""
+    (name, lower), (other_name, upper) = parts.items()
+    total = [a + b for a, b in zip(lower, upper, strict=True)]
+    figure, ax = style.figure(height=3.0)
+    places = range(len(counts))
+    ax.bar(places, lower, color=style.BLUE, label=name)
+    ax.bar(
+        places, upper, bottom=lower, label=other_name,
+        color=style.ORANGE, hatch="////", edgecolor="white", linewidth=0,
+    )  # fmt: skip
+    for place, milliseconds in zip(places, total, strict=True):
+        ax.text(place, milliseconds, f"{total[0] / milliseconds:.2f}x", ha="center", va="bottom")
+    ax.set_xticks(places, counts)
+    ax.set(xlabel=what, ylabel="milliseconds a step", ylim=(0, 1.15 * max(total)), title=title)
+    figure.legend(loc="outside lower right", ncols=2)
+    return figure
 
 
 def _measure_data_parallel(count: int, batch: int, width: int, spec: Spec) -> tuple[float, float]:
@@ -329,21 +338,9 @@ def explore_tensor_parallel() -> Explorer:
         products = [first * 1e3 for first, _ in seconds]
         total = [whole * 1e3 for _, whole in seconds]
         rest = [whole - product for whole, product in zip(total, products, strict=True)]
-        figure, ax = style.figure(height=3.0)
-        places = range(len(counts))
-        ax.bar(places, products, color=style.BLUE, label="matrix products")
-        ax.bar(
-            places, rest, bottom=products, label="all else: exchange, norms, sums",
-            color=style.ORANGE, hatch="////", edgecolor="white", linewidth=0,
-        )  # fmt: skip
-        for place, milliseconds in zip(places, total, strict=True):
-            speed_up = f"{total[0] / milliseconds:.2f}x"
-            ax.text(place, milliseconds, speed_up, ha="center", va="bottom")
-        ax.set_xticks(places, counts)
-        ax.set(xlabel="A100", ylabel="milliseconds", ylim=(0, 1.15 * max(total)))
-        ax.set_title("One block, forward and backward (simulated; speed-up above each bar)")
-        figure.legend(loc="outside lower right", ncols=2)
-        return figure
+        parts = {"matrix products": products, "all else: exchange, norms, sums": rest}
+        title = "One block, forward and backward (simulated; speed-up above each bar)"
+        return _draw_speed_ups("A100", counts, parts, title)
 
     return Explorer(
         draw,

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from course_lib import CLASSROOM, collectives, data_parallel, devices, memory_in_use, trace
 from course_lib.compare import largest_difference
 from course_lib.data_parallel import (
-    GradientBuckets,
     all_reduce_gradients,
     backward_on_shards,
     replicate,
     split_batch,
 )
+from course_lib.gradient_buckets import GradientBuckets
 from course_lib.models import GPT, MLP, next_token_loss, parameter_count
 
 

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from course_lib import collectives, data_parallel, devices, schedules, tensor_parallel
+from course_lib import (
+    collectives,
+    data_parallel,
+    devices,
+    gradient_buckets,
+    schedules,
+    tensor_parallel,
+)
 from course_lib.compare import largest_difference
 from course_lib.layer_parallel import LayerParallel, balanced_cuts
 from course_lib.models import GPT, MLP, next_token_loss
@@ -164,11 +171,11 @@ def test_lesson_03_and_gradient_buckets_train_to_the_same_bits(
         groups = [lesson_03.bucket_groups(replica, bucket_bytes) for replica in replicas]
         return [lesson_03.Bucket(group) for group in zip(*groups, strict=True)]
 
-    kept: list[data_parallel.GradientBuckets] = []  # the module's serve for all steps
+    kept: list[gradient_buckets.GradientBuckets] = []  # the module's serve for all steps
 
     def module_buckets(replicas) -> list:
         if not kept:
-            kept.append(data_parallel.GradientBuckets(replicas, bucket_bytes))
+            kept.append(gradient_buckets.GradientBuckets(replicas, bucket_bytes))
         return kept
 
     lesson, module = train_with(lesson_buckets), train_with(module_buckets)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from course_lib import format_bytes, hardware, timeline
-from course_lib.data_parallel import GradientBuckets, replicate
+from course_lib.data_parallel import replicate
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
+from course_lib.gradient_buckets import GradientBuckets
 from course_lib.models import MLP
 from course_lib.virtual.spec import CLASSROOM
 
@@ -69,7 +70,7 @@ def _require_speed(
         tensors = [torch.ones(numel, device=gpu) for gpu in gpus]
         with timeline.trace() as t:
             all_gather(list(tensors))
-    sent, least = _most_sent(t), (count - 1) * numel // count * 4
+    sent, least = max(t.bytes_sent(gpu) for gpu in gpus), (count - 1) * numel // count * 4
     ideal = (count - 1) * (spec.latency + numel // count * 4 / spec.link_bandwidth)
     facts = [
         ("most bytes sent by one GPU", format_bytes(sent), f"at most {format_bytes(least)}"),
@@ -93,14 +94,6 @@ def _require_speed(
             why = "what arrives is copied once more. Let copy_ write straight into its place."
         raise Wrong(f"the values are right, and on {count} GPUs it takes too long: {why}", facts)
     return facts
-
-
-def _most_sent(t: timeline.Trace) -> int:
-    """The most bytes that any one GPU sent."""
-    sent: dict[str, int] = {}
-    for (source, _), nbytes in t.bytes_moved.items():
-        sent[source] = sent.get(source, 0) + nbytes
-    return max(sent.values(), default=0)
 
 
 @check

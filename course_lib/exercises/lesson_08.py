@@ -70,7 +70,7 @@ def check_step(sgd_step: Callable[[list[Tensor], list[Tensor], float], None]) ->
             total = sum(gradients)
             expected = parameters - 0.1 * total
             results = [row.cpu() for row in rows]
-            sent = _most_sent(t)
+            sent = max(t.bytes_sent(gpu) for gpu in gpus)
             most = 2 * (count - 1) * parameters.nbytes // count
             facts = [("most bytes sent by one GPU", str(sent), f"at most {most}")]
             for rank, result in enumerate(results):
@@ -97,13 +97,6 @@ def _adds_whole_rows(t: timeline.Trace, nbytes: int) -> bool:
     """Whether some sum or difference has the length of a row: it reads two and writes one."""
     sums = [span for span in t.spans if span.name.startswith(("add", "sub"))]
     return any(span.bytes >= 3 * nbytes for span in sums)
-
-
-def _most_sent(t: timeline.Trace) -> int:
-    sent: dict[str, int] = {}
-    for (source, _), nbytes in t.bytes_moved.items():
-        sent[source] = sent.get(source, 0) + nbytes
-    return max(sent.values(), default=0)
 
 
 def _step_mistake(result: Tensor, before: Tensor, gradients: list[Tensor], rank: int) -> str:
@@ -148,7 +141,7 @@ def check_gather(sharded_forward: Callable[..., Sequence[Tensor]]) -> Verdict:
         whole = weights[0].nbytes
         peaks = [peak - held for peak, held in zip(t.peak_memory, before, strict=True)]
         peak = max(peaks)
-        sent = _most_sent(t)
+        sent = max(t.bytes_sent(gpu) for gpu in gpus)
         least = depth * (count - 1) * whole // count
         facts = [
             ("at the peak, in whole weights", f"{peak / whole:.2f}", "at most 1.2"),

@@ -1,0 +1,182 @@
+"""Gradient buckets: the exchange of data parallelism, hidden behind its backward pass.
+
+What lesson 03 derives. ``torch.nn.parallel.DistributedDataParallel`` does the same (Li and others,
+"PyTorch Distributed", 2020).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor, nn
+
+from course_lib.collectives import ring_all_reduce
+from course_lib.hardware import current_stream, event, stream
+
+
+class GradientBuckets:
+    """All-reduce gradients in buckets, while backward is still computing the others.
+
+    A hook notices each gradient when it is complete and copies it into its bucket. When the last
+    one of a bucket has come, on all replicas, a ring all-reduce of the bucket is enqueued on side
+    streams. After backward, call :meth:`finish`. ``DistributedDataParallel`` does the same.
+
+    Args:
+        replicas: one model a device.
+        bucket_bytes: how many bytes a bucket holds at least, apart from the last one. The first
+            bucket has the last parameters, whose gradients come first.
+
+    Raises:
+        ValueError: ``bucket_bytes`` is not positive, or no parameter requires a gradient.
+    """
+
+    def __init__(self, replicas: list[nn.Module], bucket_bytes: int) -> None:
+        if not bucket_bytes > 0:
+            raise ValueError(f"a bucket holds at least one byte: bucket_bytes={bucket_bytes}")
+        copies = list(zip(*(replica.parameters() for replica in replicas), strict=True))
+        learning = [parameters for parameters in copies if parameters[0].requires_grad]
+        if not learning:
+            raise ValueError("buckets need parameters that require a gradient, and there are none")
+        self.devices = [parameter.device for parameter in learning[0]]
+        self.buckets = [_Bucket(group) for group in _groups(learning[::-1], bucket_bytes)]
+        self._streams = [stream(device) for device in self.devices]
+        self._is_on = self._is_finished = True
+        for number, bucket in enumerate(self.buckets):
+            for rank, parameters in enumerate(bucket.views):
+                for parameter in parameters:
+                    parameter.register_post_accumulate_grad_hook(self._hook(number, rank))
+
+    def _hook(self, number: int, rank: int) -> Callable[[Tensor], None]:
+        # Parameters must not keep alive the buckets, which hold the parameters.
+        myself = weakref.ref(self)
+
+        def on_gradient(parameter: Tensor) -> None:
+            buckets = myself()
+            if buckets is None:
+                return
+            buckets._is_finished = False
+            if buckets._is_on:
+                buckets._put(buckets.buckets[number], rank, parameter)
+
+        return on_gradient
+
+    def _put(self, bucket: _Bucket, rank: int, parameter: Tensor) -> None:
+        bucket.put(rank, parameter)
+        if not any(bucket.missing):
+            self._reduce(bucket)
+
+    def _reduce(self, bucket: _Bucket) -> None:
+        with ExitStack() as stack:
+            for ready, side in zip(bucket.ready, self._streams, strict=True):
+                ready.wait(side)
+                stack.enter_context(side)
+            ring_all_reduce(bucket.buffers)
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Leave the gradients of backward passes in this block where they are, to be added to.
+
+        All but the last of several backward passes belong in it; DDP calls it ``no_sync``.
+        """
+        self._is_on = False
+        try:
+            yield
+        finally:
+            self._is_on = True
+
+    def finish(self) -> None:
+        """Reduce what is left, and let the devices go on when all buckets are done.
+
+        Left are gradients that the last backward pass did not touch, but one before it in
+        :meth:`accumulate` did. A replica without a gradient that others have takes part with
+        zeros. Without a backward pass since the last call, this does nothing.
+        """
+        if self._is_finished:
+            return
+        self._is_finished = True
+        for bucket in self.buckets:
+            if any(bucket.missing):
+                bucket.put_missing()
+                self._reduce(bucket)
+            bucket.expect_all()
+        for device, side in zip(self.devices, self._streams, strict=True):
+            current_stream(device).wait_stream(side)
+
+
+class _Bucket:
+    """Some parameters' gradients, in one flat buffer a device.
+
+    Attributes:
+        group: for each parameter its copies, one a device.
+        buffers: one a device, all gradients one after the other.
+        views: for each device, the place of each parameter's gradient.
+        missing: for each device, the parameters whose gradients have not come.
+        ready: for each device, the moment at which the last one is in the buffer.
+    """
+
+    def __init__(self, group: list[tuple[nn.Parameter, ...]]) -> None:
+        self.group = group
+        self.buffers, self.views = [], []
+        for parameters in zip(*group, strict=True):
+            sizes = [parameter.numel() for parameter in parameters]
+            buffer = parameters[0].new_zeros(sum(sizes))
+            self.buffers.append(buffer)
+            places = zip(parameters, buffer.split(sizes), strict=True)
+            self.views.append({parameter: place.view_as(parameter) for parameter, place in places})
+        self.ready = [event(buffer.device) for buffer in self.buffers]
+        self.expect_all()
+
+    def expect_all(self) -> None:
+        self.missing = [set(views) for views in self.views]
+
+    def put(self, rank: int, parameter: Tensor) -> None:
+        """Move the gradient of ``parameter`` into its place, and let it live there."""
+        if parameter not in self.missing[rank]:
+            raise RuntimeError(
+                "a gradient came a second time before finish(): call finish() once a step, and "
+                "run all backward passes of a step but the last in `with buckets.accumulate():`"
+            )
+        place = self.views[rank][parameter]
+        if parameter.grad is not place:
+            place.copy_(parameter.grad)
+            parameter.grad = place
+        self._arrived(rank, parameter)
+
+    def put_missing(self) -> None:
+        """Put what is missing: accumulated gradients, or zeros if only others have gradients.
+
+        A gradient that no replica has stays ``None``.
+        """
+        for copies in self.group:
+            is_used = any(parameter.grad is not None for parameter in copies)
+            for rank, parameter in enumerate(copies):
+                if parameter not in self.missing[rank]:
+                    continue
+                if parameter.grad is not None:
+                    self.put(rank, parameter)
+                    continue
+                place = self.views[rank][parameter].zero_()
+                if is_used:
+                    parameter.grad = place
+                self._arrived(rank, parameter)
+
+    def _arrived(self, rank: int, parameter: Tensor) -> None:
+        self.missing[rank].discard(parameter)
+        if not self.missing[rank]:
+            self.ready[rank].record(current_stream(parameter.device))
+
+
+def _groups(
+    parameters: list[tuple[nn.Parameter, ...]], least_bytes: int
+) -> Iterator[list[tuple[nn.Parameter, ...]]]:
+    """Cut a list into groups of at least so many bytes, each of one dtype."""
+    group: list[tuple[nn.Parameter, ...]] = []
+    for copies in parameters:
+        is_full = sum(first.nbytes for first, *_ in group) >= least_bytes
+        if group and (is_full or group[0][0].dtype != copies[0].dtype):
+            yield group
+            group = []
+        group.append(copies)
+    yield group
