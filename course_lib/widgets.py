@@ -304,7 +304,7 @@ def explore_schedules() -> Explorer:
         "naive": schedules.naive,
         "GPipe": schedules.gpipe,
         "1F1B": schedules.one_f_one_b,
-        "interleaved, two stages a GPU": lambda p, m: schedules.interleaved(p, m, 2),
+        "interleaved": lambda p, m: schedules.interleaved(p, m, 2),
         "zero bubble": schedules.zero_bubble,
     }
 

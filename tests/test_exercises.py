@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ import answers_07
 import answers_08
 import answers_09
 from course_lib import devices, trace
+from course_lib.exercises import lesson_05
 from course_lib.models import Block
 from exercise_answers import each_exercise, each_right_answer, each_wrong_answer
 
@@ -120,3 +122,32 @@ def test_the_formula_that_flops_are_graded_by_is_what_the_meter_counts(B, T, D):
     with trace() as t:
         block(torch.zeros(B, T, D, device=gpu))
     assert t.flops == 24 * B * T * D * D + 4 * B * T * T * D
+
+
+def unwritten() -> list[list[str]]:
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (unwritten, "nothing to show yet"),
+        (lambda: [["F0"], ["B0"]], "cannot be drawn: B of stage 0"),
+        (lambda: ["F0"], "cannot be drawn: return 2 lists"),
+    ],
+)
+def test_a_schedule_that_cannot_run_is_not_shown(answer, words: str, capsys) -> None:
+    lesson_05.show(answer)
+    assert words in capsys.readouterr().out
+    assert plt.get_fignums() == []
+
+
+def test_a_schedule_is_shown_on_paper_and_as_it_runs() -> None:
+    before = torch.get_rng_state()
+    one_by_one = [f"{kind}{i}" for i in range(4) for kind in "FB"]
+    lesson_05.show(lambda: [one_by_one, one_by_one])
+    paper, run = plt.gcf().axes
+    assert "bubble 50.0%" in paper.get_title(loc="left")
+    assert "simulated" in run.get_title(loc="left")
+    assert torch.equal(torch.get_rng_state(), before)
+    plt.close()

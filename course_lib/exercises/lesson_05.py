@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from numbers import Integral
 
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from course_lib import hardware, timeline
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
-from course_lib.pipeline import Pipeline, step_times
+from course_lib.pipeline import Pipeline, draw, step_times
 from course_lib.schedules import Schedule, Step, gpipe, held
 from course_lib.schedules import check as check_schedule
+from course_lib.virtual.spec import CLASSROOM
 
 GPUS, MICROBATCHES, MOST_HELD = 2, 4, 2
 
@@ -36,7 +38,7 @@ def check_write(my_schedule: Callable[[], list[list[str]]]) -> Verdict:
         raise Wrong(f"a GPU holds {most} activations at once: go backward earlier.", facts)
     if taken > allowed:
         raise Wrong("it takes longer than GPipe: some GPU waits where it need not.", facts)
-    seconds = _run(schedule)
+    seconds = _run(schedule).seconds
     return right(
         f"legal, thrifty and as fast as GPipe. Run on two GPUs: {seconds * 1e3:.0f} ms "
         "(simulated), with the gradients of one GPU.",
@@ -66,21 +68,39 @@ def _length(schedule: Schedule) -> float:
     return max(end for _, end in step_times(schedule).values())
 
 
-def _run(schedule: Schedule) -> float:
-    """Simulated seconds of a real step by this schedule, after comparing its gradients."""
-    layers = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256)).double()
-    x, y = torch.randn(256, 256).double(), torch.randint(0, 256, (256,))
-    with hardware.other_devices(GPUS) as gpus:
+def show(my_schedule: Callable[[], list[list[str]]]) -> None:
+    """Draw an answer to exercise 1: on paper, and as two virtual GPUs run it."""
+    try:
+        schedule = _from_words(my_schedule())
+        check_schedule(schedule)
+    except NotImplementedError:
+        print("nothing to show yet: write your schedule above, and run this cell again.")
+        return
+    except (Wrong, ValueError) as error:
+        print(f"this cannot be drawn: {error}")
+        return
+    _, (paper, run) = plt.subplots(2, figsize=(9, 5.6), layout="constrained")
+    draw(schedule, paper)
+    _run(schedule).plot(run, title="The same, run on two GPUs")
+    plt.show()
+
+
+def _run(schedule: Schedule) -> timeline.Trace:
+    """Record a real step by this schedule, and compare its gradients."""
+    with hardware.other_devices(GPUS, CLASSROOM.with_(launch_overhead=0.0)) as gpus:
+        layers = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256)).double()
+        x, y = torch.randn(256, 256).double(), torch.randint(0, 256, (256,))
         parts = [nn.Linear(256, 256).double() for _ in range(2)]
         for part, layer in zip(parts, layers, strict=True):
             part.load_state_dict(layer.state_dict())
         model = Pipeline(nn.Sequential(*parts), gpus, [1])
+        x_first, y_last = x.to(gpus[0]), y.to(gpus[1])
         with timeline.trace() as t:
-            model.forward_backward(schedule, x, y, F.cross_entropy)
+            model.forward_backward(schedule, x_first, y_last, F.cross_entropy)
         F.cross_entropy(layers(x), y).backward()
         for ours, single in zip(model.parameters(), layers.parameters(), strict=True):
             assert torch.allclose(ours.grad.cpu(), single.grad)
-    return t.seconds
+    return t
 
 
 @check
