@@ -10,7 +10,11 @@ How it works, in the order to read it:
 * ``pinned``   host memory that can be copied from while the host goes on;
 * ``machine``  the simulated computer: some GPUs, their memories, their clock, their dice;
 * ``cost``     the operations and bytes of one operator;
-* ``tensor``   the tensor: unwrap, check, run on the backing device, account, wrap;
+* ``operators``  one operator: what it does to its arguments, and who runs it;
+* ``tensor``   the tensor: numbers inside, a device's rules around them;
+* ``execution``  unwrap, check, run on the backing device, account, wrap;
+* ``special_operators``  copies, reads, dropout and others that do more than compute;
+* ``generators``  each device's random numbers;
 * ``backend``  what tells PyTorch that all this is a device;
 * ``adapters`` one file for each part of PyTorch that takes for granted what devices there are:
   ``torch.accelerator``, attention, autocast, Ctrl-C, ``Module.to``, ``torch.load`` and so on.

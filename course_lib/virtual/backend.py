@@ -27,15 +27,12 @@ from course_lib.virtual.adapters import (
     recurrent,
 )
 from course_lib.virtual.adapters.device_module import DeviceModule
+from course_lib.virtual.execution import finish
+from course_lib.virtual.generators import device_generator, refuse_generator
 from course_lib.virtual.machine import DEVICE_TYPE, machine
-from course_lib.virtual.tensor import (
-    Operator,
-    copy_,
-    device_generator,
-    finish,
-    index_of,
-    refuse_generator,
-)
+from course_lib.virtual.operators import Operator
+from course_lib.virtual.special_operators import copy_
+from course_lib.virtual.tensor import index_of
 
 aten = torch.ops.aten
 

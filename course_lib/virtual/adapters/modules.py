@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin, is_lazy
 
-from course_lib.virtual.tensor import Operator
+from course_lib.virtual.operators import Operator
 
 
 class _Moving(threading.local):

@@ -1,0 +1,110 @@
+"""What must be known of one operator of PyTorch, looked up once, and who runs it.
+
+``@runs(aten.copy_.default)`` lets the function below it run that operator on virtual GPUs, and
+``@runs_all_others`` the one that runs whatever has no function of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from course_lib.virtual.cost import bytes_formula, flops_formula, runs_nothing
+
+aten = torch.ops.aten
+
+# Takes the operator, its arguments and its keyword arguments, and returns what it returns.
+Handler = Callable[["Operator", tuple, dict], Any]
+
+_handlers: dict[torch._ops.OpOverload | None, Handler] = {}
+
+
+def runs(*overloads: torch._ops.OpOverload) -> Callable[[Handler], Handler]:
+    """Let the decorated function run ``overloads``. To be called before any of them runs."""
+
+    def register(handler: Handler) -> Handler:
+        _handlers.update(dict.fromkeys(overloads, handler))
+        return handler
+
+    return register
+
+
+def runs_all_others(handler: Handler) -> Handler:
+    """Let the decorated function run every operator that has no function of its own."""
+    _handlers[None] = handler
+    return handler
+
+
+class Operator:
+    """One operator: how to run it, and what it does to its arguments."""
+
+    def __init__(self, func: torch._ops.OpOverload) -> None:
+        schema = func._schema
+        returned = [str(value.type) for value in schema.returns]
+        # What calling ``func`` calls in the end, without the detour.
+        self.run: Callable = _QUICKER.get(func, func._op)
+        self.handler: Handler = _handlers.get(func) or _handlers[None]
+        self.name: str = func._opname
+        self.runs_nothing = runs_nothing(func)
+        self.flops = flops_formula(func)
+        self.bytes_moved = bytes_formula(func)
+        self.is_mutable: bool = schema.is_mutable
+        self.writes = [
+            argument.name if argument.kwarg_only else position
+            for position, argument in enumerate(schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        # Only _unsafe_view and its like say that what they return is new, and return a view.
+        self.returns_new = (
+            set(returned) == {"Tensor"}
+            and all(value.alias_info is None for value in schema.returns)
+            and not func._can_decompose()
+            and "unsafe" not in self.name
+        )
+        self.may_resize = self.name == "resize_" or any(
+            argument.is_out for argument in schema.arguments
+        )
+        self.is_random = torch.Tag.nondeterministic_seeded in func.tags
+        # The host cannot go on without the number, or the shape.
+        self.host_waits = torch.Tag.dynamic_output_shape in func.tags or (
+            not self.is_mutable and not any("Tensor" in kind for kind in returned)
+        )
+        self.takes_host_indices = func._overloadpacket in (
+            aten.index,
+            aten.index_put,
+            aten.index_put_,
+            aten._index_put_impl_,
+        )
+
+    @classmethod
+    def of(cls, func: torch._ops.OpOverload) -> Operator:
+        if id(func) not in known_operators:
+            known_operators[id(func)] = cls(func)
+        return known_operators[id(func)]
+
+
+# By id, because hashing an operator takes a call to Python; operators live for ever.
+known_operators: dict[int, Operator] = {}
+
+
+# Python's own bindings read their arguments faster than an operator does that is called by name:
+# a microsecond for each of the operators that training consists of.
+_QUICKER: dict[torch._ops.OpOverload, Callable] = {
+    aten._softmax.default: torch._softmax,
+    aten.add.Tensor: torch.add,
+    aten.add_.Tensor: torch.Tensor.add_,
+    aten.addmm.default: torch.addmm,
+    aten.bmm.default: torch.bmm,
+    aten.cat.default: torch.cat,
+    aten.div.Tensor: torch.div,
+    aten.mm.default: torch.mm,
+    aten.mul.Tensor: torch.mul,
+    aten.mul_.Tensor: torch.Tensor.mul_,
+    aten.native_layer_norm.default: torch.native_layer_norm,
+    aten.sub.Tensor: torch.sub,
+    aten.t.default: torch.t,
+    aten.transpose.int: torch.transpose,
+    aten.view.default: torch.Tensor.view,
+}

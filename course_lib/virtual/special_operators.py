@@ -1,0 +1,141 @@
+"""The operators that do more than compute on one device."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import cache
+from typing import Any
+
+import torch
+
+from course_lib.virtual import hazards
+from course_lib.virtual.execution import check_has_numbers, execute, finish, target_of
+from course_lib.virtual.machine import machine
+from course_lib.virtual.operators import Operator, runs
+from course_lib.virtual.pinned import is_pinned
+from course_lib.virtual.tensor import VirtualTensor, wrap
+
+aten = torch.ops.aten
+
+
+@runs(aten.index.Tensor)
+def _index(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
+    """``x[indices]``: with a mask of booleans the host waits to know how many were picked."""
+    has_mask = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    return execute(operator if has_mask else _without_waiting(operator), args, kwargs)
+
+
+@cache
+def _without_waiting(operator: Operator) -> Operator:
+    operator = copy.copy(operator)
+    operator.host_waits = False
+    return operator
+
+
+@runs(aten._to_copy.default)
+def _to_copy(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
+    """``x.to(...)``: on the same device a kernel, between devices a copy over the link."""
+    (source,) = args
+    device = kwargs.get("device")
+    if device is None or device == source.device:
+        return execute(operator, args, {**kwargs, "device": source.device})
+    destination = target_of(device, source.index)
+    if device.type == "meta":
+        return operator.run(source.inner, **kwargs)  # the shape goes, and no number
+    if destination is None:
+        check_has_numbers(".to('cpu')")
+        inner = operator.run(source.inner, **{**kwargs, "device": "cpu"})
+        _charge_copy(source, inner, host_waits=not kwargs.get("non_blocking"))
+        return inner
+    outer = wrap(operator.run(source.inner, **{**kwargs, "device": machine.backing}), destination)
+    _charge_copy(source, outer)
+    return outer
+
+
+@runs(aten.copy_.default)
+def copy_(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
+    """``a.copy_(b)``: the one operator that may have its tensors on two devices."""
+    destination, source = args[0], args[1]
+    if not isinstance(destination, VirtualTensor):
+        check_has_numbers("copy_ to the host")
+    elif isinstance(source, VirtualTensor) and destination.index == source.index:
+        return execute(operator, args, kwargs)
+    operator.run(_inner(destination), _inner(source), *args[2:], **kwargs)
+    non_blocking = any(args[2:]) or kwargs.get("non_blocking", False)
+    on_host = source if isinstance(destination, VirtualTensor) else destination
+    _charge_copy(source, destination, host_waits=not (non_blocking and is_pinned(on_host)))
+    return destination
+
+
+def _inner(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.inner if isinstance(tensor, VirtualTensor) else tensor
+
+
+def _charge_copy(source: torch.Tensor, destination: torch.Tensor, host_waits: bool = True) -> None:
+    """Charge the clock for a copy; a tensor that is not virtual is on the host."""
+    is_read, is_written = (isinstance(end, VirtualTensor) for end in (source, destination))
+    clock = machine.clock
+    ticket = clock.copy(
+        source.index if is_read else None,
+        destination.index if is_written else None,
+        source.nbytes,
+        host_waits,
+    )
+    if clock.has_side_streams:
+        hazards.check(ticket, [source] * is_read, [destination] * is_written)
+    elif is_written:
+        destination.allocation.writer = ticket
+
+
+@runs(aten._local_scalar_dense.default)
+def _item(operator: Operator, args: tuple, kwargs: dict) -> Any:
+    """``x.item()``: the host waits for the device, then reads one number."""
+    check_has_numbers(".item()")
+    (tensor,) = args
+    stream = machine.clock.current[tensor.index]
+    if machine.clock.has_side_streams:
+        hazards.check((stream, stream.count, "item"), [tensor], [])
+    stream.synchronize()
+    return operator.run(tensor.inner)
+
+
+_RESHAPING = ("t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "as_strided_")
+
+
+@runs(
+    *(
+        getattr(getattr(aten, packet), overload)
+        for packet in _RESHAPING
+        for overload in getattr(aten, packet).overloads()
+    )
+)
+def _change_shape_in_place(operator: Operator, args: tuple, kwargs: dict) -> VirtualTensor:
+    """``x.t_()`` and the like: the shape changes inside, and outside where PyTorch looks."""
+    self = args[0]
+    operator.run(self.inner, *args[1:], **kwargs)
+    inner = self.inner
+    with torch.utils._mode_utils.no_dispatch():
+        torch.as_strided_(self, inner.size(), inner.stride(), inner.storage_offset())
+    return self
+
+
+@runs(aten.native_dropout.default)
+def _dropout(operator: Operator, args: tuple, kwargs: dict) -> tuple[VirtualTensor, VirtualTensor]:
+    """``native_dropout``, what a GPU runs, keeps a mask of booleans; the numbers are the CPU's."""
+    x, probability, training = args
+    if not training or probability == 0:
+        return execute(operator, args, kwargs)
+    keep = torch.empty_like(x.inner)
+    keep.bernoulli_(1 - probability, generator=machine.generators[x.index])
+    out = (x.inner * (keep / (1 - probability)), keep.bool())
+    return finish(operator, [], {}, x.index, [x], out)
+
+
+@runs(aten.native_dropout_backward.default)
+def _dropout_backward(operator: Operator, args: tuple, kwargs: dict) -> VirtualTensor:
+    """The gradient of dropout, rounded as the CPU's autograd rounds it."""
+    grad, mask, scale = args
+    divisor = 1 / scale if scale else math.inf  # nothing was kept: the gradient is zero
+    out = grad.inner * (mask.inner.to(grad.dtype) / divisor)
+    return finish(operator, [], {}, grad.index, [grad, mask], out)
