@@ -1,4 +1,6 @@
-"""One look for every figure of the course: colours, sizes and fonts. Importing it sets them.
+"""One look for every figure of the course: colours, sizes and fonts.
+
+Importing it changes nothing. A lesson calls :func:`use` once, for the figures that it draws itself.
 
 The colours are those of Okabe and Ito, which people with any kind of colour blindness tell apart.
 Figures have a white ground of their own, so that they read the same in a light and a dark theme.
@@ -6,8 +8,11 @@ Figures have a white ground of their own, so that they read the same in a light 
 
 from __future__ import annotations
 
+import sys
+from contextlib import AbstractContextManager
+from typing import Any
+
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
@@ -39,13 +44,26 @@ RC = {
 }
 
 
-plt.rcParams.update(RC)
+def use() -> None:
+    """Give every figure of this program the look of the course, sharp on fine screens as well."""
+    plt.rcParams.update(RC)
+    if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("retina")
 
 
-def figure(columns: int = 1, width: float = 9.0, height: float = 3.2) -> tuple[Figure, Axes]:
-    """A figure in the course's style: ``(figure, axes)``, as ``plt.subplots`` returns them.
+def look() -> AbstractContextManager[None]:
+    """The look of the course for the figures that are drawn in a block, and for no others."""
+    return plt.rc_context(RC)
+
+
+def figure(columns: int = 1, width: float = 9.0, height: float = 3.2) -> tuple[Figure, Any]:
+    """A figure in the course's look: ``(figure, axes)``, as ``plt.subplots`` returns them.
 
     Args:
+        columns: how many axes, side by side.
         width, height: of the whole figure, in inches.
     """
-    return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+    with look():
+        return plt.subplots(1, columns, figsize=(width, height), layout="constrained")

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import torch
 
-from course_lib import collectives, data_parallel
-from course_lib.data_parallel import all_reduce_gradients
 from course_lib.exercises import lesson_02
+from course_lib.parallel import collectives, data_parallel
+from course_lib.parallel.data_parallel import all_reduce_gradients
 from exercise_answers import Answers
 
 MEAN = Answers("02", "mean", lesson_02.check_mean)

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 import torch
 
 import course_lib
-from course_lib import collectives
-from course_lib.data_parallel import all_reduce_gradients
 from course_lib.exercises import lesson_03
+from course_lib.parallel import collectives
+from course_lib.parallel.data_parallel import all_reduce_gradients
 from exercise_answers import Answers
 
 GATHER = Answers("03", "gather", lesson_03.check_gather)

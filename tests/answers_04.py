@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import course_lib
-from course_lib import layer_parallel
 from course_lib.exercises import lesson_04
+from course_lib.parallel import layer_parallel
 from exercise_answers import Answers
 
 FORWARD = Answers("04", "forward", lesson_04.check_forward)

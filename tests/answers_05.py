@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from course_lib.exercises import lesson_05
-from course_lib.schedules import gpipe, naive, one_f_one_b
+from course_lib.parallel.schedules import gpipe, naive, one_f_one_b
 from exercise_answers import Answers
 
 WRITE = Answers("05", "write", lesson_05.check_write)

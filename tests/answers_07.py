@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from course_lib.collectives import all_gather, all_reduce, ring_all_reduce
 from course_lib.exercises import lesson_07
+from course_lib.parallel.collectives import all_gather, all_reduce, ring_all_reduce
 from exercise_answers import Answers
 
 MERGE = Answers("07", "merge", lesson_07.check_merge)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from course_lib.collectives import all_gather, broadcast, reduce_scatter, ring_all_reduce
 from course_lib.exercises import lesson_08
+from course_lib.parallel.collectives import all_gather, broadcast, reduce_scatter, ring_all_reduce
 from exercise_answers import Answers
 
 FIT = Answers("08", "fit", lesson_08.check_fit)

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 import course_lib
 import notebook_tools
-from course_lib.collectives import all_gather, reduce_scatter, ring_all_reduce
-from course_lib.data_parallel import all_reduce_gradients
 from course_lib.exercises.verdict import Verdict
+from course_lib.parallel.collectives import all_gather, reduce_scatter, ring_all_reduce
+from course_lib.parallel.data_parallel import all_reduce_gradients
 
 Answer = Callable[..., object]
 

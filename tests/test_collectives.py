@@ -6,8 +6,9 @@ from math import ceil, log2
 import pytest
 import torch
 
-from course_lib import collectives, current_stream, devices, stream, trace
-from course_lib.collectives import (
+from course_lib import current_stream, devices, stream, trace
+from course_lib.parallel import collectives
+from course_lib.parallel.collectives import (
     all_gather,
     all_reduce,
     broadcast,

@@ -15,19 +15,18 @@ from torch.nn import functional as F
 
 import course_lib
 from course_lib import Spec, Trace, devices, trace
-from course_lib.compare import largest_difference
-from course_lib.context_parallel import (
+from course_lib.models import GPT, next_token_loss
+from course_lib.parallel.blockwise_attention import attend, merge
+from course_lib.parallel.context_parallel import (
     ContextParallelGPT,
-    attend,
     join_sequence,
-    merge,
     next_token_losses,
     positions,
     ring_attention,
     split_sequence,
 )
-from course_lib.data_parallel import all_reduce_gradients
-from course_lib.models import GPT, next_token_loss
+from course_lib.parallel.data_parallel import all_reduce_gradients
+from course_lib.parallel.proof import largest_difference
 from round_numbers import SPEC
 
 counts = pytest.mark.parametrize("count", [1, 2, 3, 4])

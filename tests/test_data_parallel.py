@@ -8,16 +8,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from course_lib import CLASSROOM, collectives, data_parallel, devices, memory_in_use, trace
-from course_lib.compare import largest_difference
-from course_lib.data_parallel import (
+from course_lib import CLASSROOM, devices, memory_in_use, trace
+from course_lib.models import GPT, MLP, next_token_loss, parameter_count
+from course_lib.parallel import collectives, data_parallel
+from course_lib.parallel.data_parallel import (
     all_reduce_gradients,
     backward_on_shards,
     replicate,
     split_batch,
 )
-from course_lib.gradient_buckets import GradientBuckets
-from course_lib.models import GPT, MLP, next_token_loss, parameter_count
+from course_lib.parallel.gradient_buckets import GradientBuckets
+from course_lib.parallel.proof import largest_difference
 
 
 def train(model, count: int, batches, loss_function=F.cross_entropy) -> list:

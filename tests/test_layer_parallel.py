@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from course_lib import CLASSROOM, devices, trace
-from course_lib.compare import largest_difference
-from course_lib.layer_parallel import LayerParallel, balanced_cuts, boundary_bytes
 from course_lib.models import GPT, MLP, next_token_loss
+from course_lib.parallel.layer_parallel import LayerParallel, balanced_cuts, boundary_bytes
+from course_lib.parallel.proof import largest_difference
 
 
 @pytest.mark.parametrize(("count", "cuts"), [(1, []), (2, [3]), (3, [2, 4]), (4, [1, 3, 6])])

@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from course_lib import (
+from course_lib import devices
+from course_lib.models import GPT, MLP, next_token_loss
+from course_lib.parallel import (
     collectives,
     data_parallel,
-    devices,
     gradient_buckets,
     schedules,
     tensor_parallel,
 )
-from course_lib.compare import largest_difference
-from course_lib.layer_parallel import LayerParallel, balanced_cuts
-from course_lib.models import GPT, MLP, next_token_loss
-from course_lib.pipeline import Pipeline
-from course_lib.tensor_parallel import ParallelMLP
+from course_lib.parallel.layer_parallel import LayerParallel, balanced_cuts
+from course_lib.parallel.pipeline import Pipeline
+from course_lib.parallel.proof import largest_difference
+from course_lib.parallel.tensor_parallel import ParallelMLP
 from notebook_tools import NOTEBOOKS
 
 

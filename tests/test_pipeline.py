@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import course_lib
-from course_lib.compare import largest_difference
 from course_lib.models import GPT, MLP, next_token_loss
-from course_lib.pipeline import Pipeline, bubble, draw, step_times
-from course_lib.schedules import (
+from course_lib.parallel.pipeline import Pipeline
+from course_lib.parallel.proof import largest_difference
+from course_lib.parallel.schedule_chart import bubble, draw, step_times
+from course_lib.parallel.schedules import (
     Schedule,
     Step,
     check,
@@ -29,7 +30,7 @@ from course_lib.schedules import (
     one_f_one_b,
     zero_bubble,
 )
-from course_lib.weight_gradients import add_weight_gradients, put_off_weight_gradients
+from course_lib.parallel.weight_gradients import add_weight_gradients, put_off_weight_gradients
 from round_numbers import SPEC
 
 Devices = list[torch.device]

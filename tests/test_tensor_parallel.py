@@ -12,10 +12,20 @@ from torch import Tensor, nn
 
 import course_lib
 from course_lib import devices, trace
-from course_lib.compare import largest_difference
 from course_lib.models import GPT, MLP, Attention, Block, next_token_loss
-from course_lib.shards import all_reduce_partial_gradients, largest_copy_difference, unsplit
-from course_lib.tensor_parallel import (
+from course_lib.parallel.proof import largest_difference
+from course_lib.parallel.regions import (
+    copy_to_ranks,
+    gather_sequence,
+    reduce_from_ranks,
+    scatter_sequence,
+)
+from course_lib.parallel.split_parameter import (
+    all_reduce_partial_gradients,
+    largest_copy_difference,
+    unsplit,
+)
+from course_lib.parallel.tensor_parallel import (
     ColumnLinear,
     CopiedNorm,
     ParallelAttention,
@@ -23,13 +33,8 @@ from course_lib.tensor_parallel import (
     ParallelGPT,
     ParallelMLP,
     RowLinear,
-    VocabularyEmbedding,
-    copy_to_ranks,
-    gather_sequence,
-    reduce_from_ranks,
-    scatter_sequence,
-    vocabulary_cross_entropy,
 )
+from course_lib.parallel.vocabulary import VocabularyEmbedding, vocabulary_cross_entropy
 
 counts = pytest.mark.parametrize("count", [1, 2, 4])
 small_counts = pytest.mark.parametrize("count", [1, 3])  # of which the second divides nothing

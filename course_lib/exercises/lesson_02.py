@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from course_lib import format_bytes, hardware, timeline
-from course_lib.data_parallel import replicate, split_batch
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
 from course_lib.models import MLP, parameter_count
+from course_lib.parallel.data_parallel import replicate, split_batch
 
 
 @check

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from course_lib import format_bytes, hardware, timeline
 from course_lib.exercises.verdict import Verdict, Wrong, check, require_number, right
-from course_lib.layer_parallel import LayerParallel, balanced_cuts
 from course_lib.models import GPT, MLP
+from course_lib.parallel.layer_parallel import LayerParallel, balanced_cuts
 
 
 @check

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from course_lib import format_bytes, hardware, timeline
-from course_lib.collectives import ring_all_reduce
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
+from course_lib.parallel.collectives import ring_all_reduce
 
 
 @check

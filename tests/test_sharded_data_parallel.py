@@ -10,12 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from course_lib import A100, data_parallel, memory_in_use, sharding, trace
-from course_lib.compare import largest_difference
-from course_lib.data_parallel import replicate, split_batch
+from course_lib import A100, memory_in_use, trace
 from course_lib.hardware import other_devices
 from course_lib.models import GPT, MLP, next_token_loss, parameter_count
-from course_lib.sharding import Sharded
+from course_lib.parallel import data_parallel, sharded_data_parallel
+from course_lib.parallel.data_parallel import replicate, split_batch
+from course_lib.parallel.proof import largest_difference
+from course_lib.parallel.sharded_data_parallel import Sharded
 
 CLOSE = 1e-12
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)
@@ -195,13 +196,13 @@ def test_a_model_too_large_for_one_device_trains_at_stage_3() -> None:
 def test_so_many_units_are_gathered_at_once(monkeypatch, prefetch: bool, at_once: int) -> None:
     with other_devices(3, A100, "meta") as gpus:
         sharded = large_mlp(gpus, 3, depth=5, prefetch=prefetch)
-        seen, set_rows = [], sharding._Unit.set_rows
+        seen, set_rows = [], sharded_data_parallel._Unit.set_rows
 
         def count_units(unit, values):
             set_rows(unit, values)
             seen.append(sum(len(each.rows[0]) > 0 for each in sharded.units))
 
-        monkeypatch.setattr(sharding._Unit, "set_rows", count_units)
+        monkeypatch.setattr(sharded_data_parallel._Unit, "set_rows", count_units)
         step(sharded, 48)
         assert max(seen) == at_once
         assert seen[-1] == 0

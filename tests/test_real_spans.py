@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import course_lib
-from course_lib import Trace, hardware, profiler
-from course_lib.profiler import BLOCK, REGION, record_spans, spans_from_profiler
+from course_lib import Trace, hardware
+from course_lib.timeline import real_spans
+from course_lib.timeline.real_spans import BLOCK, REGION, record_spans, spans_from_profiler
 from course_lib.virtual.clock import Span
 from course_lib.virtual.machine import machine
 
@@ -177,12 +178,12 @@ def test_a_region_of_the_launching_thread_goes_first():
     assert regions_of(*events, *launches) == ["its own", "main", "main"]
 
 
-# With PyTorch's own profiler. There is no GPU here, so each addition on the CPU is taken for one.
+# With PyTorch's own real_spans. There is no GPU here, so each addition on the CPU is taken for one.
 
 
 @pytest.fixture
 def additions_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = profiler._events
+    read = real_spans._events
 
     def with_kernels(profile: torch.profiler.profile) -> list[dict]:
         events = read(profile)
@@ -192,7 +193,7 @@ def additions_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
             events += [call, gpu("kernel", "add", event["ts"], event["dur"], **where)]
         return events
 
-    monkeypatch.setattr(profiler, "_events", with_kernels)
+    monkeypatch.setattr(real_spans, "_events", with_kernels)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
 
 

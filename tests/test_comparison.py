@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from course_lib import methods
-from course_lib.compare import largest_difference
 from course_lib.hardware import host_seconds, memory_in_use, other_devices, peak_memory
-from course_lib.methods import METHODS, Measurement, compare, measure
 from course_lib.models import GPT, next_token_loss, parameter_count
-from course_lib.shards import unsplit
+from course_lib.parallel import comparison
+from course_lib.parallel.comparison import METHODS, Measurement, compare, measure
+from course_lib.parallel.proof import largest_difference
+from course_lib.parallel.split_parameter import unsplit
 from course_lib.virtual.machine import machine
 from round_numbers import SPEC, seconds
 
@@ -67,7 +67,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list:
         return make_and_keep
 
     for attribute, _ in MODELS.values():
-        monkeypatch.setattr(methods, attribute, keeping(getattr(methods, attribute)))
+        monkeypatch.setattr(comparison, attribute, keeping(getattr(comparison, attribute)))
     return models
 
 
@@ -77,7 +77,7 @@ def optimizer(request, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "SGD":
         sgd = partial(torch.optim.SGD, lr=0.1)
         monkeypatch.setattr(torch.optim, "AdamW", sgd)
-        monkeypatch.setattr(methods, "Sharded", partial(methods.Sharded, make_optimizer=sgd))
+        monkeypatch.setattr(comparison, "Sharded", partial(comparison.Sharded, make_optimizer=sgd))
 
 
 @each_method

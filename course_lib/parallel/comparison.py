@@ -6,7 +6,7 @@ function without arguments that trains on one batch. The model stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -14,27 +14,31 @@ import torch
 from torch import Tensor
 
 from course_lib import hardware, timeline
-from course_lib.context_parallel import ContextParallelGPT, next_token_losses, split_sequence
-from course_lib.data_parallel import (
+from course_lib.models import GPT, next_token_loss
+from course_lib.parallel.context_parallel import (
+    ContextParallelGPT,
+    next_token_losses,
+    split_sequence,
+)
+from course_lib.parallel.data_parallel import (
     all_reduce_gradients,
     backward_on_shards,
     replicate,
     split_batch,
 )
-from course_lib.gradient_buckets import GradientBuckets
-from course_lib.models import GPT, next_token_loss
-from course_lib.pipeline import Pipeline
-from course_lib.schedules import one_f_one_b
-from course_lib.sharding import Sharded
-from course_lib.shards import all_reduce_partial_gradients
-from course_lib.tensor_parallel import ParallelGPT, vocabulary_cross_entropy
+from course_lib.parallel.gradient_buckets import GradientBuckets
+from course_lib.parallel.kinds import Devices, Step
+from course_lib.parallel.pipeline import Pipeline
+from course_lib.parallel.schedules import one_f_one_b
+from course_lib.parallel.sharded_data_parallel import Sharded
+from course_lib.parallel.split_parameter import all_reduce_partial_gradients
+from course_lib.parallel.tensor_parallel import ParallelGPT
+from course_lib.parallel.vocabulary import vocabulary_cross_entropy
 
-Devices = Sequence[torch.device]
-Step = Callable[[], None]
 BUCKET_BYTES = 200_000
 
 
-def data_parallel(gpt: GPT, devices: Devices, tokens: Tensor, targets: Tensor) -> Step:
+def data_parallel_step(gpt: GPT, devices: Devices, tokens: Tensor, targets: Tensor) -> Step:
     """Lessons 02 and 03: a replica on each device, gradients in overlapped buckets."""
     replicas = replicate(gpt, devices)
     buckets = GradientBuckets(replicas, BUCKET_BYTES)
@@ -52,14 +56,14 @@ def data_parallel(gpt: GPT, devices: Devices, tokens: Tensor, targets: Tensor) -
     return step
 
 
-def sharded(gpt: GPT, devices: Devices, tokens: Tensor, targets: Tensor) -> Step:
+def sharded_step(gpt: GPT, devices: Devices, tokens: Tensor, targets: Tensor) -> Step:
     """Lesson 08: ZeRO, stage 3, in float32 like all others here."""
     model = Sharded(gpt, devices, stage=3, dtype=torch.float32)
     xs, ys = split_batch(tokens, devices), split_batch(targets, devices)
     return lambda: model.train_step(xs, ys, next_token_loss)
 
 
-def pipeline(gpt: GPT, devices: Devices, tokens: Tensor, targets: Tensor) -> Step:
+def pipeline_step(gpt: GPT, devices: Devices, tokens: Tensor, targets: Tensor) -> Step:
     """Lesson 05: 1F1B, with four microbatches for each device."""
     depth, count = len(gpt) - 2, len(devices)
     cuts = [1 + depth * stage // count for stage in range(1, count)]
@@ -76,7 +80,7 @@ def pipeline(gpt: GPT, devices: Devices, tokens: Tensor, targets: Tensor) -> Ste
     return step
 
 
-def tensor_parallel(gpt: GPT, devices: Devices, tokens: Tensor, targets: Tensor) -> Step:
+def tensor_parallel_step(gpt: GPT, devices: Devices, tokens: Tensor, targets: Tensor) -> Step:
     """Lessons 06 and 07: layers split by neurons and heads, the rest by sequence."""
     model = ParallelGPT(gpt, devices, sequence_parallel=True)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -91,7 +95,7 @@ def tensor_parallel(gpt: GPT, devices: Devices, tokens: Tensor, targets: Tensor)
     return step
 
 
-def context_parallel(gpt: GPT, devices: Devices, tokens: Tensor, targets: Tensor) -> Step:
+def context_parallel_step(gpt: GPT, devices: Devices, tokens: Tensor, targets: Tensor) -> Step:
     """Lesson 07: each device has a part of every sequence, and ring attention."""
     model = ContextParallelGPT(gpt, devices)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -107,11 +111,11 @@ def context_parallel(gpt: GPT, devices: Devices, tokens: Tensor, targets: Tensor
 
 
 METHODS = {
-    "data": data_parallel,
-    "sharded": sharded,
-    "pipeline": pipeline,
-    "tensor": tensor_parallel,
-    "sequence": context_parallel,
+    "data": data_parallel_step,
+    "sharded": sharded_step,
+    "pipeline": pipeline_step,
+    "tensor": tensor_parallel_step,
+    "sequence": context_parallel_step,
 }
 
 

@@ -1,21 +1,19 @@
 """Data parallelism: a copy of the model on every device, a part of the batch for each.
 
-What lesson 02 derives; :mod:`course_lib.gradient_buckets` has what lesson 03 adds. PyTorch's own is
-``torch.nn.parallel.DistributedDataParallel`` (Li and others, "PyTorch Distributed", 2020), with one
-process a device.
+What lesson 02 derives; :mod:`course_lib.parallel.gradient_buckets` has what lesson 03 adds.
+PyTorch's own is ``torch.nn.parallel.DistributedDataParallel`` (Li and others, "PyTorch
+Distributed", 2020), with one process a device.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from course_lib.collectives import all_reduce
-
-Loss = Callable[[Tensor, Tensor], Tensor]
+from course_lib.parallel.collectives import all_reduce
+from course_lib.parallel.kinds import Loss
 
 
 def replicate(model: nn.Module, devices: list[torch.device]) -> list[nn.Module]:

@@ -22,16 +22,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from course_lib.collectives import all_gather, reduce_scatter, ring_all_reduce
-from course_lib.data_parallel import Loss
-from course_lib.hardware import current_stream, event, stream
+from course_lib.hardware import current_stream, event
+from course_lib.parallel.collectives import all_gather, reduce_scatter, ring_all_reduce
+from course_lib.parallel.kinds import Loss
+from course_lib.parallel.transfers import SideStreams
 
 
 class Sharded:
@@ -71,7 +72,7 @@ class Sharded:
         _check(model, devices, stage, dtype)
         self.devices, self.stage, self.dtype, self.prefetch = devices, stage, dtype, prefetch
         self.master_dtype = torch.promote_types(dtype, torch.float32)
-        self._sides = [stream(device) for device in devices]
+        self._sides = SideStreams(devices)
         self._empty_model = copy.deepcopy(model).to("meta")  # what to compute, without numbers
         self.units = [_Unit(layers, devices, dtype) for layers in _split(self._empty_model)]
         for unit, layers in zip(self.units, _split(model), strict=True):
@@ -86,7 +87,7 @@ class Sharded:
     def train_step(
         self, inputs: Sequence[Tensor], targets: Sequence[Tensor], loss_function: Loss
     ) -> list[Tensor]:
-        """One step of training, as :func:`course_lib.data_parallel.train_step` does it.
+        """One step of training, as :func:`course_lib.parallel.data_parallel.train_step` does it.
 
         Args:
             inputs, targets: one shard a device; an empty one takes part with zeros.
@@ -143,7 +144,7 @@ class Sharded:
 
     def _sum(self, gradients: list[Tensor]) -> list[Tensor]:
         """Sum over the devices, while they compute, and keep of it what the stage says."""
-        with self._aside(gradients):
+        with self._sides.beside(gradients):
             if self.stage == 0:
                 ring_all_reduce(gradients)
                 return gradients
@@ -151,8 +152,7 @@ class Sharded:
             return parts if self.stage == 1 else [part.clone() for part in parts]
 
     def _step(self) -> None:
-        for device, side in zip(self.devices, self._sides, strict=True):
-            current_stream(device).wait_stream(side)
+        self._sides.join()
         for unit in self.units:
             state = zip(unit.masters, unit.optimizers, unit.gradients, strict=True)
             for master, optimizer, gradient in state:
@@ -174,10 +174,15 @@ class Sharded:
             self._gather(unit, shards)
 
     def _gather(self, unit: _Unit, shards: list[Tensor]) -> None:
-        """Put all shards on every device, while the devices compute."""
-        with self._aside(shards):
+        """Put all shards on every device, while the devices compute.
+
+        It waits for all that the devices were given so far. So a unit is fetched when the one
+        before the present one is done and has left its memory: at most two are there at a time,
+        however far ahead the host is.
+        """
+        with self._sides.beside(shards):
             unit.set_rows(all_gather(shards))
-        unit.arrived = [side.record_event() for side in self._sides]
+        unit.arrived = self._sides.record_events()
 
     @contextmanager
     def _whole(self, unit: _Unit, following: _Unit | None) -> Iterator[None]:
@@ -191,20 +196,6 @@ class Sharded:
         yield
         if self.stage == 3:
             unit.drop_rows()
-
-    @contextmanager
-    def _aside(self, tensors: list[Tensor]) -> Iterator[None]:
-        """Work on ``tensors`` on side streams, after all that the devices were given so far.
-
-        So a unit is fetched when the one before the present one is done and has left its memory:
-        at most two are there at a time, however far ahead the host is.
-        """
-        with ExitStack() as stack:
-            for tensor, side in zip(tensors, self._sides, strict=True):
-                side.wait_stream(current_stream(tensor.device))
-                tensor.record_stream(side)  # no other tensor gets its memory before
-                stack.enter_context(side)
-            yield
 
     def to_model(self) -> nn.Sequential:
         """The whole model, on the host, in the precision of the master weights."""

@@ -1,7 +1,7 @@
 """Schedules of pipeline parallelism, as data: for each device, the steps that it does, in order.
 
-Each is named after its paper. :mod:`course_lib.pipeline` checks, times, draws and runs any of them,
-and any other that you write down.
+Each is named after its paper. :mod:`course_lib.parallel.schedule_chart` times and draws any of
+them, and any other that you write down; :mod:`course_lib.parallel.pipeline` runs it.
 
 In the formulas, p devices work on m microbatches, with v stages a device. The bubble is the part of
 the devices' time in which they are idle, with equal stages and free communication. Where a transfer

@@ -29,12 +29,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from course_lib.data_parallel import replicate
-from course_lib.hardware import current_stream, stream
 from course_lib.models import GPT, Block, next_token_loss
-
-Devices = Sequence[torch.device]
-Tensors = Sequence[Tensor]
+from course_lib.parallel.blockwise_attention import attend, attend_backward, merge, wide
+from course_lib.parallel.data_parallel import replicate
+from course_lib.parallel.kinds import Devices, Tensors
+from course_lib.parallel.transfers import Transfer, ring_of_links, send_round
 
 
 def positions(length: int, count: int, rank: int, zigzag: bool = True) -> Tensor:
@@ -72,67 +71,6 @@ def join_sequence(parts: Tensors, dimension: int, zigzag: bool = True) -> Tensor
     length, count = together.shape[dimension], len(parts)
     order = torch.cat([positions(length, count, rank, zigzag) for rank in range(count)])
     return together.index_select(dimension, order.argsort())
-
-
-def attend(
-    q_BHQK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, causal: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Attention to one block of keys and values, as if there were no others.
-
-    Args:
-        causal: whether query i sees keys 0 to i alone.
-
-    Returns:
-        The output, [B, H, Q, K], and the logarithm of each query's sum of exponentials,
-        [B, H, Q, 1]; both at least in float32, since more is to be added.
-    """
-    scores_BHQS = _scores(q_BHQK, k_BHSK, causal)
-    log_sum = scores_BHQS.logsumexp(-1, keepdim=True)
-    weights_BHQS = scores_BHQS.sub_(log_sum).exp_()
-    return _wide(weights_BHQS.to(v_BHSK.dtype) @ v_BHSK), log_sum
-
-
-def merge(out: Tensor, log_sum: Tensor, out_2: Tensor, log_sum_2: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention to two blocks together, from what :func:`attend` returned for each.
-
-    Each output counts by its share of the common sum. That is at most one: nothing overflows.
-    """
-    both = torch.logaddexp(log_sum, log_sum_2)
-    return out * (log_sum - both).exp() + out_2 * (log_sum_2 - both).exp(), both
-
-
-def attend_backward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, log_sum: Tensor, grad: Tensor, dot: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What one block of keys and values adds to the gradients.
-
-    The weights are too large to keep, and are computed again; ``log_sum``, the one over all blocks,
-    gives them as they are among all keys.
-
-    Args:
-        grad: the gradient of the output over all blocks, [B, H, Q, K].
-        dot: its dot product with that output, [B, H, Q, 1].
-
-    Returns:
-        The gradient of the queries, and that of keys and values as one tensor, [2, B, H, S, K].
-    """
-    weights_BHQS = _scores(q, k, causal).sub_(log_sum).exp_()
-    v_grad = weights_BHQS.to(q.dtype).mT @ grad
-    scores_grad_BHQS = weights_BHQS.mul_(grad @ v.mT - dot).to(q.dtype)
-    scale = 1 / math.sqrt(q.shape[-1])
-    return scores_grad_BHQS @ k * scale, torch.stack([scores_grad_BHQS.mT @ q * scale, v_grad])
-
-
-def _scores(q_BHQK: Tensor, k_BHSK: Tensor, causal: bool) -> Tensor:
-    scores_BHQS = _wide(q_BHQK / math.sqrt(q_BHQK.shape[-1]) @ k_BHSK.mT)
-    if causal:
-        future_QS = torch.ones_like(scores_BHQS[0, 0], dtype=torch.bool).triu(1)
-        scores_BHQS.masked_fill_(future_QS, -math.inf)
-    return scores_BHQS
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def ring_attention(
@@ -205,7 +143,7 @@ class _RingAttention(torch.autograd.Function):
     def forward(ctx, causal: bool, tiles: list[list[Tile]], *tensors: Tensor) -> tuple[Tensor, ...]:
         qs, ks, vs = _groups(tensors, 3)
         ctx.meetings = partial(_meetings, tiles, causal)
-        outs = [_wide(torch.zeros_like(q)) for q in qs]
+        outs = [wide(torch.zeros_like(q)) for q in qs]
         log_sums = [torch.full_like(out[..., :1], -math.inf) for out in outs]  # of nothing, so far
         kvs = [torch.stack(pair) for pair in zip(ks, vs, strict=True)]  # to travel as one
         for step in _go_round(kvs):
@@ -225,7 +163,8 @@ class _RingAttention(torch.autograd.Function):
         dots = [(grad * out).sum(-1, keepdim=True) for grad, out in zip(grads, outs, strict=True)]
         q_grads = [torch.zeros_like(q) for q in qs]
         kvs = [torch.stack(pair) for pair in zip(ks, vs, strict=True)]
-        ring, travelling = _Ring(qs), []
+        links = ring_of_links([q.device for q in qs])
+        travelling: list[Transfer] = []
         for step in _go_round(kvs):
             kv_grads = [torch.zeros_like(kv) for kv in kvs]
             for rank, queries, keys, masked in ctx.meetings(step):
@@ -236,9 +175,9 @@ class _RingAttention(torch.autograd.Function):
             if step == 0:
                 at_home = kv_grads
             else:  # a block's gradients follow it from device to device, and then come home
-                _add(kv_grads, ring.receive(travelling))
-                travelling = ring.send(kv_grads)
-        _add(at_home, ring.receive(travelling))
+                _add(kv_grads, travelling)
+                travelling = send_round(links, kv_grads)
+        _add(at_home, travelling)
         return None, None, *q_grads, *(kv[0] for kv in at_home), *(kv[1] for kv in at_home)
 
 
@@ -247,37 +186,9 @@ def _groups(tensors: Tensors, count: int) -> list[Tensors]:
     return [tensors[first : first + size] for first in range(0, len(tensors), size)]
 
 
-def _add(sums: Tensors, terms: Tensors) -> None:
+def _add(sums: Tensors, terms: list[Transfer]) -> None:
     for total, term in zip(sums, terms, strict=False):  # at first, no terms have come
-        total.add_(term)
-
-
-class _Ring:
-    """Each device sends to the next and receives from the last, while it computes."""
-
-    def __init__(self, tensors: Tensors) -> None:
-        self.devices = [tensor.device for tensor in tensors]
-        self.main = [current_stream(device) for device in self.devices]
-        self.sending = [stream(device) for device in self.devices]
-        self.receiving = [stream(device) for device in self.devices]
-
-    def send(self, tensors: Tensors) -> list[Tensor]:
-        """Start to copy each device's tensor to the next one; returns what will be there."""
-        arriving = []
-        for rank, device in enumerate(self.devices):
-            self.sending[rank - 1].wait_stream(self.main[rank - 1])
-            with self.sending[rank - 1], self.receiving[rank]:
-                arriving.append(tensors[rank - 1].to(device))
-            # No other tensor gets its memory before it is sent.
-            tensors[rank - 1].record_stream(self.sending[rank - 1])
-        return arriving
-
-    def receive(self, arriving: list[Tensor]) -> list[Tensor]:
-        """Let what the devices do from now on come after what :meth:`send` returned."""
-        for tensor, main, receiving in zip(arriving, self.main, self.receiving, strict=False):
-            main.wait_stream(receiving)
-            tensor.record_stream(main)
-        return arriving
+        total.add_(term.receive())
 
 
 def _go_round(kvs: list[Tensor]) -> Iterator[int]:
@@ -285,11 +196,11 @@ def _go_round(kvs: list[Tensor]) -> Iterator[int]:
 
     It sets out when the step before begins, so that it travels while that one computes.
     """
-    ring = _Ring(kvs)
+    links = ring_of_links([kv.device for kv in kvs])
     for step in range(len(kvs) - 1):
-        arriving = ring.send(kvs)
+        under_way = send_round(links, kvs)
         yield step
-        kvs[:] = ring.receive(arriving)
+        kvs[:] = [transfer.receive() for transfer in under_way]
     yield len(kvs) - 1
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import course_lib
 from course_lib import devices
-from course_lib.shards import (
+from course_lib.parallel.split_parameter import (
     Shards,
     all_reduce_partial_gradients,
     largest_copy_difference,

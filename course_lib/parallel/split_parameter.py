@@ -7,15 +7,12 @@ of a whole model: completing gradients, and putting the parts together again for
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from course_lib.collectives import ring_all_reduce
-
-Devices = Sequence[torch.device]
-Tensors = Sequence[Tensor]
+from course_lib.parallel.collectives import ring_all_reduce
+from course_lib.parallel.kinds import Devices, Tensors
 
 
 class Shards(nn.ParameterList):

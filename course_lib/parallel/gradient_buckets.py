@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from course_lib.collectives import ring_all_reduce
-from course_lib.hardware import current_stream, event, stream
+from course_lib.hardware import current_stream, event
+from course_lib.parallel.collectives import ring_all_reduce
+from course_lib.parallel.transfers import SideStreams
 
 
 class GradientBuckets:
@@ -41,7 +42,7 @@ class GradientBuckets:
             raise ValueError("buckets need parameters that require a gradient, and there are none")
         self.devices = [parameter.device for parameter in learning[0]]
         self.buckets = [_Bucket(group) for group in _groups(learning[::-1], bucket_bytes)]
-        self._streams = [stream(device) for device in self.devices]
+        self._sides = SideStreams(self.devices)
         self._is_on = self._is_finished = True
         for number, bucket in enumerate(self.buckets):
             for rank, parameters in enumerate(bucket.views):
@@ -68,10 +69,7 @@ class GradientBuckets:
             self._reduce(bucket)
 
     def _reduce(self, bucket: _Bucket) -> None:
-        with ExitStack() as stack:
-            for ready, side in zip(bucket.ready, self._streams, strict=True):
-                ready.wait(side)
-                stack.enter_context(side)
+        with self._sides.beside(bucket.buffers, bucket.ready):
             ring_all_reduce(bucket.buffers)
 
     @contextmanager
@@ -101,8 +99,7 @@ class GradientBuckets:
                 bucket.put_missing()
                 self._reduce(bucket)
             bucket.expect_all()
-        for device, side in zip(self.devices, self._streams, strict=True):
-            current_stream(device).wait_stream(side)
+        self._sides.join()
 
 
 class _Bucket:

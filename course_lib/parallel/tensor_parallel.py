@@ -1,25 +1,11 @@
 """Tensor parallelism: one layer on several GPUs, a group of its neurons on each.
 
-What lessons 06 and 07 derive. Shoeybi and others, "Megatron-LM", 2019; the sequence regions are
-from Korthikanti and others, "Reducing Activation Recomputation in Large Transformer Models", 2022.
+What lessons 06 and 07 derive. Shoeybi and others, "Megatron-LM", 2019; with sequence parallelism,
+Korthikanti and others, "Reducing Activation Recomputation in Large Transformer Models", 2022.
 PyTorch's own is ``torch.distributed.tensor.parallel``.
 
-A value is a list with one tensor a device. In a *split* region each device works on its own
-neurons or heads. Between two such regions all have the same tensor (*replicated*), or, with
-sequence parallelism, each its own part of the sequence. At every border stands a collective, in
-one direction or in both; those of a pair are each other backwards:
-
-    =================  ==============  ==============  ==========================
-    border             forward         backward        what the papers call it
-    =================  ==============  ==============  ==========================
-    copy_to_ranks      nothing         all-reduce      f
-    reduce_from_ranks  all-reduce      nothing         g; f-bar in the second one
-    gather_sequence    all-gather      reduce-scatter  g in the second one
-    scatter_sequence   reduce-scatter  all-gather      g-bar
-    =================  ==============  ==============  ==========================
-
-A replicated value is one value in many places, and so is the loss: the backward pass starts in
-all of them, with ``torch.autograd.backward(losses)``.
+A value is a list with one tensor a device; :mod:`course_lib.parallel.regions` says what moves
+between regions in which it is split and regions in which it is replicated.
 
 Activations are sequence first, [T, B, D], so that a part of the sequence is one piece of memory.
 Shape suffixes are those of ``models``; a part of V is still V.
@@ -27,100 +13,14 @@ Shape suffixes are those of ``models``; a part of V is still V.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import accumulate, pairwise
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from course_lib.collectives import all_gather, reduce_scatter, ring_all_reduce
 from course_lib.models import GPT, Attention, Block
-from course_lib.shards import Devices, Shards, Tensors
-
-
-class _Border(torch.autograd.Function):
-    """One collective on the way there, another on the way back; called alike, with lists."""
-
-    @staticmethod
-    def forward(ctx, there: Callable, back: Callable, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.there, ctx.back = there, back
-        return tuple(there(tensors))
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        missing = [gradient is None for gradient in gradients]
-        if all(missing):
-            return None, None, *gradients
-        if any(missing):
-            raise RuntimeError(
-                "a device has no gradient to take part with: start the backward pass from the "
-                "losses of all, torch.autograd.backward(losses)"
-            )
-        return None, None, *_Border.apply(ctx.back, ctx.there, *gradients)
-
-
-def copy_to_ranks(tensors: Tensors) -> list[Tensor]:
-    """From a replicated region into a split one: the gradients are summed on the way back."""
-    return _cross(tensors, _same, _summed)
-
-
-def reduce_from_ranks(tensors: Tensors) -> list[Tensor]:
-    """From a split region into a replicated one: every device gets the sum."""
-    return _cross(tensors, _summed, _same)
-
-
-def gather_sequence(tensors: Tensors) -> list[Tensor]:
-    """From parts of the sequence, [T/N, B, D], into a split region, [T, B, D].
-
-    What the split region keeps for the backward pass is the whole. Korthikanti and others keep
-    the part, and gather once more.
-    """
-    return _cross(tensors, _gathered, _scattered)
-
-
-def scatter_sequence(tensors: Tensors) -> list[Tensor]:
-    """From a split region, [T, B, D], to parts of the sequence, [T/N, B, D], of the sum."""
-    return _cross(tensors, _scattered, _gathered)
-
-
-def _cross(tensors: Tensors, there: Callable, back: Callable) -> list[Tensor]:
-    if isinstance(tensors, Tensor):  # which would be taken for its rows
-        raise TypeError("a value here is a list with one tensor a device, not a single tensor")
-    return list(_Border.apply(there, back, *tensors))
-
-
-def _same(tensors: Tensors) -> list[Tensor]:
-    return [tensor.view_as(tensor) for tensor in tensors]
-
-
-def _summed(tensors: Tensors) -> list[Tensor]:
-    sums = _contiguous_copies(tensors)
-    ring_all_reduce(sums)
-    return sums
-
-
-def _gathered(tensors: Tensors) -> list[Tensor]:
-    return all_gather([tensor.contiguous() for tensor in tensors])
-
-
-def _scattered(tensors: Tensors) -> list[Tensor]:
-    # Copied once more, since a part of a tensor keeps all of it in memory.
-    return [part.clone() for part in reduce_scatter(_contiguous_copies(tensors))]
-
-
-def _contiguous_copies(tensors: Tensors) -> list[Tensor]:
-    # The collectives write into what they are given, which autograd may need for something else.
-    return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
-
-
-def _enter(tensors: Tensors, sequence_parallel: bool) -> list[Tensor]:
-    return gather_sequence(tensors) if sequence_parallel else copy_to_ranks(tensors)
-
-
-def _leave(tensors: Tensors, sequence_parallel: bool) -> list[Tensor]:
-    return scatter_sequence(tensors) if sequence_parallel else reduce_from_ranks(tensors)
+from course_lib.parallel.kinds import Devices, Tensors
+from course_lib.parallel.regions import enter, leave
+from course_lib.parallel.split_parameter import Shards
+from course_lib.parallel.vocabulary import VocabularyEmbedding
 
 
 class ColumnLinear(nn.Module):
@@ -142,7 +42,7 @@ class ColumnLinear(nn.Module):
         self.bias = None if linear.bias is None else Shards(linear.bias, devices, 0, groups)
 
     def forward(self, xs_TBD: Tensors) -> list[Tensor]:
-        xs_TBD = _enter(xs_TBD, self.sequence_parallel)
+        xs_TBD = enter(xs_TBD, self.sequence_parallel)
         biases = self.bias or [None] * len(xs_TBD)
         return [F.linear(*each) for each in zip(xs_TBD, self.weight, biases, strict=True)]
 
@@ -162,7 +62,7 @@ class RowLinear(nn.Module):
 
     def forward(self, xs: Tensors) -> list[Tensor]:
         terms = [F.linear(x, weight) for x, weight in zip(xs, self.weight, strict=True)]
-        sums_TBD = _leave(terms, self.sequence_parallel)
+        sums_TBD = leave(terms, self.sequence_parallel)
         # Added to the sum: a bias in each device's term would count N times.
         return _add(sums_TBD, self.bias) if self.bias else sums_TBD
 
@@ -254,73 +154,6 @@ class ParallelBlock(nn.Module):
     def forward(self, xs_TBD: Tensors) -> list[Tensor]:
         xs_TBD = _add(xs_TBD, self.attention(self.norm_1(xs_TBD)))
         return _add(xs_TBD, self.mlp(self.norm_2(xs_TBD)))
-
-
-class VocabularyEmbedding(nn.Module):
-    """An embedding with the vectors of some tokens on each device, which has zeros for others."""
-
-    def __init__(
-        self, embedding: nn.Embedding, devices: Devices, sequence_parallel: bool = False
-    ) -> None:
-        super().__init__()
-        self.sequence_parallel = sequence_parallel
-        self.weight = Shards(embedding.weight, devices, 0)
-
-    def forward(self, tokens_TB: Tensor) -> list[Tensor]:
-        terms = [
-            F.embedding(rows_TB, weight).masked_fill(absent_TB.unsqueeze(-1), 0)
-            for weight, rows_TB, absent_TB in _look_up(tokens_TB, self.weight, 0)
-        ]
-        return _leave(terms, self.sequence_parallel)
-
-
-def vocabulary_cross_entropy(scores: Tensors, targets_BT: Tensor) -> list[Tensor]:
-    """Mean cross-entropy of scores that are divided by vocabulary, and never gathered.
-
-    Each device adds up the exponentials of its own scores and picks the targets that it has. What
-    moves is three numbers a token: a largest one, so that no exponential overflows, and two sums.
-
-    Args:
-        scores: on each device, of shape (B, T, its part of V).
-        targets_BT: from wherever they are.
-
-    Returns:
-        The same loss on every device.
-    """
-    logs = [part.logsumexp(-1) for part in scores]
-    targets = [
-        part.gather(-1, rows_BT.unsqueeze(-1)).squeeze(-1).masked_fill(absent_BT, 0)
-        for part, rows_BT, absent_BT in _look_up(targets_BT, scores, -1)
-    ]
-    gathered = all_gather([log.detach().unsqueeze(0) for log in logs])
-    largest = [each.amax(0) for each in gathered]
-    terms = [
-        torch.stack([(log - most).exp(), target])
-        for log, most, target in zip(logs, largest, targets, strict=True)
-    ]
-    return [
-        (total.log() + most - target).mean()
-        for (total, target), most in zip(reduce_from_ranks(terms), largest, strict=True)
-    ]
-
-
-def _look_up(
-    tokens: Tensor, parts: Tensors, dimension: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Each part of the vocabulary, the row in it of each token, and which tokens it has not.
-
-    A token outside the vocabulary falls to the first part or the last, where looking it up is the
-    same error as on one GPU.
-    """
-    edges = [0, *accumulate(part.shape[dimension] for part in parts)]
-    for part, (first, end) in zip(parts, pairwise(edges), strict=True):
-        here = tokens.to(part.device)
-        absent = torch.zeros_like(here, dtype=torch.bool)
-        if first > 0:
-            absent |= here < first
-        if end < edges[-1]:
-            absent |= here >= end
-        yield part, (here - first).masked_fill(absent, 0), absent
 
 
 class ParallelGPT(nn.Module):

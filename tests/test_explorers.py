@@ -7,17 +7,41 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from course_lib import devices, style, widgets
+from course_lib import devices, style
+from course_lib.explorers import (
+    lesson_00,
+    lesson_01,
+    lesson_02,
+    lesson_03,
+    lesson_04,
+    lesson_05,
+    lesson_06,
+    lesson_07,
+    lesson_08,
+    lesson_09,
+)
+from course_lib.explorers.explorer import Explorer, choice
 from course_lib.hardware import memory_in_use
 from course_lib.virtual.machine import machine
 
-ALL = [getattr(widgets, name) for name in dir(widgets) if name.startswith("explore_")]
+ALL = [
+    lesson_00.explore_queues,
+    lesson_01.explore_step,
+    lesson_02.explore_data_parallel,
+    lesson_03.explore_all_reduce,
+    lesson_04.explore_stages,
+    lesson_05.explore_schedules,
+    lesson_06.explore_tensor_parallel,
+    lesson_07.explore_ring_attention,
+    lesson_08.explore_sharding,
+    lesson_09.explore_methods,
+]
 # These draw fast, so that several of their settings can be tried.
 EXPLORERS = [
-    widgets.explore_all_reduce,
-    widgets.explore_queues,
-    widgets.explore_sharding,
-    widgets.explore_step,
+    lesson_00.explore_queues,
+    lesson_01.explore_step,
+    lesson_03.explore_all_reduce,
+    lesson_08.explore_sharding,
 ]
 
 
@@ -48,7 +72,7 @@ def test_every_control_changes_the_picture_at_both_ends(make) -> None:
 def test_an_explorer_does_not_disturb_the_devices_in_use() -> None:
     (gpu,) = devices(1)
     clock, in_use = machine.clock.host, memory_in_use(gpu)
-    widgets.explore_queues()
+    lesson_00.explore_queues()
     assert (machine.clock.host, memory_in_use(gpu)) == (clock, in_use)
     assert machine.device_count == 1
 
@@ -64,7 +88,7 @@ def test_an_explorer_leaves_the_dice_as_they_were(make) -> None:
     assert torch.equal(torch.vgpu.get_rng_state(0), before[1])
 
 
-def inverse(number: int) -> widgets.Explorer:
+def inverse(number: int) -> Explorer:
     """An explorer that cannot draw zero."""
 
     def draw(number: int) -> plt.Figure:
@@ -72,7 +96,7 @@ def inverse(number: int) -> widgets.Explorer:
         ax.plot([1 / number])
         return figure
 
-    return widgets.Explorer(draw, number=widgets.choice("number", [0, 1, 2], number))
+    return Explorer(draw, number=choice("number", [0, 1, 2], number))
 
 
 def test_an_error_stands_in_one_line_where_the_picture_was() -> None:
@@ -105,5 +129,5 @@ def test_an_error_message_cannot_be_taken_for_html() -> None:
     def draw(number: int) -> plt.Figure:
         raise ValueError("<b>bold</b>\nand more")
 
-    _, line = widgets.Explorer(draw, number=widgets.choice("number", [0], 0)).children
+    _, line = Explorer(draw, number=choice("number", [0], 0)).children
     assert line.value == "ValueError: &lt;b&gt;bold&lt;/b&gt;"

@@ -1,8 +1,9 @@
 """Pipeline parallelism: the stages of a model work on different microbatches at the same time.
 
-What lesson 05 derives. A schedule is data (:mod:`course_lib.schedules`), and here any of them is
-run: on paper, for its times and its picture, and on devices. Both are loops over one walk,
-:func:`course_lib.schedules.in_order`. PyTorch's own is ``torch.distributed.pipelining``.
+What lesson 05 derives. A schedule is data (:mod:`course_lib.parallel.schedules`), and here any of
+them is run on devices; :mod:`course_lib.parallel.schedule_chart` runs it on paper. Both are loops
+over one walk, :func:`course_lib.parallel.schedules.in_order`. PyTorch's own is
+``torch.distributed.pipelining``.
 """
 
 from __future__ import annotations
@@ -11,90 +12,17 @@ from collections import defaultdict
 from contextlib import nullcontext
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.patches import Patch
 from torch import Tensor
 
-from course_lib import hardware, style
-from course_lib.data_parallel import Loss
-from course_lib.layer_parallel import LayerParallel
-from course_lib.schedules import Schedule, Step, check, in_order
-from course_lib.weight_gradients import Pending, add_weight_gradients, put_off_weight_gradients
-
-
-def step_times(
-    schedule: Schedule,
-    forward: float = 1,
-    input_gradient: float = 1,
-    weight_gradient: float = 1,
-    transfer: float = 0,
-) -> dict[Step, tuple[float, float]]:
-    """When each step begins and ends, if it begins as soon as it can.
-
-    Args:
-        forward, input_gradient, weight_gradient: the time that each takes a stage. A backward
-            that is not split takes the last two together.
-        transfer: the time until the result of a step is on another device.
-    """
-    durations = {"F": forward, "B": input_gradient, "W": weight_gradient}
-    if not schedule.splits_backward:
-        durations["B"] += weight_gradient
-    free_at = [0.0] * len(schedule.steps)
-    times: dict[Step, tuple[float, float]] = {}
-    for device, step in in_order(schedule):
-        begin = free_at[device]
-        for need in schedule.needs(step):
-            is_far = schedule.placement[need.stage] != device
-            begin = max(begin, times[need][1] + (transfer if is_far else 0))
-        free_at[device] = begin + durations[step.kind]
-        times[step] = begin, free_at[device]
-    return times
-
-
-def bubble(schedule: Schedule, **durations: float) -> float:
-    """The part of the devices' time in which they are idle; takes what :func:`step_times` does."""
-    times = step_times(schedule, **durations).values()
-    busy = sum(end - begin for begin, end in times)
-    return 1 - busy / (max(end for _, end in times) * len(schedule.steps))
-
-
-LOOKS = {
-    "F": ("forward", style.BLUE, "white"),
-    "B": ("backward", style.GREEN, "white"),
-    "W": ("weight gradient", style.ORANGE, style.INK),
-}
-
-
-def draw(schedule: Schedule, ax: Axes | None = None, **durations: float) -> Axes:
-    """Draw a schedule: a row a device, a box a step, and in it the number of the microbatch.
-
-    Takes what :func:`step_times` does. The further down the model a device's stage is, the paler.
-    """
-    times = step_times(schedule, **durations)
-    rows, whole = len(schedule.steps), max(end for _, end in times.values())
-    ax = ax or style.figure(height=1.6 + 0.4 * rows)[1]
-    for step, (begin, end) in times.items():
-        device = schedule.placement[step.stage]
-        earlier_stages = schedule.placement[: step.stage].count(device)
-        _, colour, ink = LOOKS[step.kind]
-        look = {"facecolor": (colour, 1 / (1 + earlier_stages)), "edgecolor": "white"}
-        ax.broken_barh([(begin, end - begin)], (device - 0.4, 0.8), **look)
-        ink = style.INK if earlier_stages else ink
-        if end - begin < 0.008 * whole:
-            continue  # too narrow for a number
-        middle = (begin + end) / 2, device
-        ax.annotate(str(step.microbatch), middle, ha="center", va="center", color=ink, fontsize=8)
-    ax.set_yticks(range(rows), [f"device {device}" for device in range(rows)])
-    ax.set_ylim(rows - 0.4, -0.6)
-    ax.set_xlim(0, whole)
-    ax.set_xlabel("time")
-    ax.set_title(f"{schedule.name}: bubble {bubble(schedule, **durations):.1%}")
-    names = {kind: LOOKS[kind][0] for kind in schedule.kinds}
-    if schedule.splits_backward:
-        names["B"] = "input gradient"
-    handles = [Patch(label=name, color=LOOKS[kind][1]) for kind, name in names.items()]
-    ax.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
-    return ax
+from course_lib.parallel.kinds import Loss
+from course_lib.parallel.layer_parallel import LayerParallel
+from course_lib.parallel.schedules import Schedule, check, in_order
+from course_lib.parallel.transfers import Link, Transfer
+from course_lib.parallel.weight_gradients import (
+    Pending,
+    add_weight_gradients,
+    put_off_weight_gradients,
+)
 
 
 class Pipeline(LayerParallel):
@@ -179,8 +107,8 @@ class _Run:
         self.losses: dict[int, Tensor] = {}
         self.kept: dict[tuple[int, int], tuple] = {}
         self.pending: dict[tuple[int, int], list[Pending]] = defaultdict(list)
-        self.arrived: dict[tuple[str, int, int], tuple[Tensor, hardware.Event]] = {}
-        self.links: dict[tuple, tuple[hardware.Stream, hardware.Stream]] = {}
+        self.links: dict[tuple, Link] = {}
+        self.under_way: dict[tuple[str, int, int], Transfer] = {}
 
     def forward(self, stage: int, microbatch: int) -> None:
         x = self.receive("F", stage, microbatch) if stage else self.inputs[microbatch]
@@ -223,18 +151,9 @@ class _Run:
         """Copy ``tensor`` to the device of stage ``other``, while both devices go on computing."""
         ends = self.devices[stage], self.devices[other]
         if (kind, *ends) not in self.links:
-            self.links[kind, *ends] = tuple(map(hardware.stream, ends))
-        sending, receiving = self.links[kind, *ends]
-        sending.wait_stream(hardware.current_stream(ends[0]))
-        with sending, receiving:
-            arrived = tensor.to(ends[1])
-        tensor.record_stream(sending)  # no other tensor gets its memory before
-        self.arrived[kind, other, microbatch] = arrived, receiving.record_event()
+            self.links[kind, *ends] = Link(*ends)
+        self.under_way[kind, other, microbatch] = self.links[kind, *ends].send(tensor)
 
     def receive(self, kind: str, stage: int, microbatch: int) -> Tensor:
         """What was sent to ``stage``; what its device does from now on waits for it."""
-        tensor, event = self.arrived.pop((kind, stage, microbatch))
-        stream = hardware.current_stream(tensor.device)
-        event.wait(stream)
-        tensor.record_stream(stream)
-        return tensor
+        return self.under_way.pop((kind, stage, microbatch)).receive()

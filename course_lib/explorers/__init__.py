@@ -1,0 +1,1 @@
+"""The interactive explorers: sliders above a picture, one module a lesson."""

@@ -1,0 +1,53 @@
+"""The explorer of lesson 02."""
+
+from __future__ import annotations
+
+import torch
+from matplotlib.figure import Figure
+from torch.nn import functional as F
+
+from course_lib import CLASSROOM, Spec, hardware, timeline
+from course_lib.explorers.explorer import Explorer, choice
+from course_lib.explorers.speed_ups import draw_speed_ups
+from course_lib.models import MLP
+from course_lib.parallel import data_parallel
+
+
+def explore_data_parallel() -> Explorer:
+    """Lesson 02: computing and exchange in one step, for one to eight GPUs."""
+    counts = [1, 2, 3, 4, 6, 8]
+
+    def draw(batch: int, width: int, link: float) -> Figure:
+        spec = CLASSROOM.with_(link_bandwidth=CLASSROOM.link_bandwidth * link)
+        computing, exchange = [], []
+        for count in counts:
+            seconds = _measure_data_parallel(count, batch, width, spec)
+            computing.append(seconds[0] * 1e3)
+            exchange.append(seconds[1] * 1e3)
+        total = [a + b for a, b in zip(computing, exchange, strict=True)]
+        best = min(range(len(counts)), key=total.__getitem__)
+        title = f"Fastest with {counts[best]} (simulated; speed-up above each bar)"
+        return draw_speed_ups("GPUs", counts, {"computing": computing, "exchange": exchange}, title)
+
+    return Explorer(
+        draw,
+        batch=choice("batch size", [64, 128, 256, 512, 1024, 2048], 1024),
+        width=choice("width", [64, 128, 256, 512], 512),
+        link=choice("link speed, times this GPU's", [0.1, 0.5, 1, 2, 10, 100], 1),
+    )
+
+
+def _measure_data_parallel(count: int, batch: int, width: int, spec: Spec) -> tuple[float, float]:
+    """Seconds of computing and of the exchange in one data-parallel step."""
+    with hardware.other_devices(count, spec) as gpus:
+        replicas = data_parallel.replicate(MLP(64, width, width, 10), gpus)
+        optimizers = [torch.optim.SGD(r.parameters(), lr=0.1) for r in replicas]
+        xs = data_parallel.split_batch(torch.randn(batch, 64), gpus)
+        ys = data_parallel.split_batch(torch.zeros(batch, dtype=torch.int64), gpus)
+        with timeline.trace() as computing:
+            data_parallel.backward_on_shards(replicas, xs, ys, F.cross_entropy)
+            for optimizer in optimizers:
+                optimizer.step()
+        with timeline.trace() as exchange:
+            data_parallel.all_reduce_gradients(replicas)
+    return computing.seconds, exchange.seconds

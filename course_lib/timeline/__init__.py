@@ -1,0 +1,11 @@
+"""What ran where and when, which bytes moved, how much memory was held, and pictures of it.
+
+with course_lib.trace() as t:
+    train_step()
+t.plot()
+"""
+
+from course_lib.timeline.recorders import region, trace
+from course_lib.timeline.recording import MemoryHistory, Trace
+
+__all__ = ["MemoryHistory", "Trace", "region", "trace"]
