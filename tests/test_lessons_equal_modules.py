@@ -16,8 +16,9 @@ from course_lib.parallel import (
     collectives,
     data_parallel,
     gradient_buckets,
+    regions,
     schedules,
-    tensor_parallel,
+    vocabulary,
 )
 from course_lib.parallel.layer_parallel import LayerParallel, balanced_cuts
 from course_lib.parallel.pipeline import Pipeline
@@ -263,7 +264,7 @@ def test_lesson_06_and_tensor_parallel_cross_borders_to_the_same_bits(
     given, gradients = torch.randn(2, count, 5, 7).double()
     ours, theirs = on_each(given, gpus), on_each(given, gpus)
     from_lesson = getattr(lesson_06, lesson_name).apply(*ours)
-    from_module = getattr(tensor_parallel, module_name)(theirs)
+    from_module = getattr(regions, module_name)(theirs)
     for outs in (from_lesson, from_module):
         torch.autograd.backward(outs, [g.to(gpu) for g, gpu in zip(gradients, gpus, strict=True)])
     for one, other in zip(from_lesson, from_module, strict=True):
@@ -295,7 +296,7 @@ def test_lesson_06_and_tensor_parallel_have_the_same_cross_entropy(lesson_06, si
     parts = scores_NV.tensor_split(4, -1)  # of 3, 3, 2 and 2 tokens
     ours, theirs = on_each(parts, gpus), on_each(parts, gpus)
     from_lesson = lesson_06.split_cross_entropy(ours, targets_N)
-    from_module = tensor_parallel.vocabulary_cross_entropy(
+    from_module = vocabulary.vocabulary_cross_entropy(
         [part.unsqueeze(0) for part in theirs], targets_N.unsqueeze(0)
     )
     for losses in (from_lesson, from_module):
