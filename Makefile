@@ -64,13 +64,13 @@ nb: $(STAMP) ## Check every notebook against its committed outputs only
 	$(PYTEST) $(NBVAL)
 
 notebooks: $(STAMP) ## Run the notebooks anew and keep their outputs (one: NB=notebooks/02_x.ipynb)
-	$(PY) tests/notebook_tools.py execute $(NB)
+	$(PY) tools/notebook_tools.py execute $(NB)
 
 images: $(STAMP) ## Draw every picture anew
 	@for script in images/*.py; do echo "$$script"; $(PY) "$$script" || exit 1; done
 
 bench: $(STAMP) ## Run the benchmarks
-	$(PY) tests/benchmarks/bench_virtual.py
+	$(PY) tools/bench_virtual.py
 
 lint: $(STAMP) ## Look for style mistakes
 	$(PY) -m ruff check .
@@ -90,7 +90,7 @@ constraints: ## Pin the newest version of everything else than torch in constrai
 
 clean: ## Remove caches and build leftovers (.venv stays)
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis notebooks/.ipynb_checkpoints
-	find course_lib images tests -name __pycache__ -prune -exec rm -rf {} +
+	find course_lib images tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 # torch first, at its pin: then nothing installed later can bring another build of it.
 $(STAMP): pyproject.toml constraints.txt

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
+import compare_with_gpu
 import course_lib
-from benchmarks import compare_with_gpu
-from benchmarks.compare_with_gpu import (
+from compare_with_gpu import (
     CASES,
     RESULT,
     Measurement,

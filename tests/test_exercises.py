@@ -9,33 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-import answers_00
-import answers_01
-import answers_02
-import answers_03
-import answers_04
-import answers_05
-import answers_06
-import answers_07
-import answers_08
-import answers_09
+from answers import all_exercises
 from course_lib import devices, trace
 from course_lib.exercises import lesson_05
 from course_lib.models import Block
 from exercise_answers import each_exercise, each_right_answer, each_wrong_answer
 
-EXERCISES = [
-    *answers_00.EXERCISES,
-    *answers_01.EXERCISES,
-    *answers_02.EXERCISES,
-    *answers_03.EXERCISES,
-    *answers_04.EXERCISES,
-    *answers_05.EXERCISES,
-    *answers_06.EXERCISES,
-    *answers_07.EXERCISES,
-    *answers_08.EXERCISES,
-    *answers_09.EXERCISES,
-]
+EXERCISES = all_exercises()
 
 
 @pytest.fixture(autouse=True)

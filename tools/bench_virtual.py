@@ -1,6 +1,6 @@
 """What virtual GPUs cost: microseconds an operator, the ratio for a GPT step, memory of a trace.
 
-    python tests/benchmarks/bench_virtual.py
+    python tools/bench_virtual.py
 
 The CPU and the virtual GPU take turns within one run, so that whatever else the machine does
 falls on both.

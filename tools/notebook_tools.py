@@ -1,7 +1,7 @@
 """The one form that a committed notebook has, and the exercises in it.
 
-    python tests/notebook_tools.py execute [notebooks/02_x.ipynb ...]   run and rewrite
-    python tests/notebook_tools.py check [notebooks/02_x.ipynb ...]     only say what is wrong
+    python tools/notebook_tools.py execute [notebooks/02_x.ipynb ...]   run and rewrite
+    python tools/notebook_tools.py check [notebooks/02_x.ipynb ...]     only say what is wrong
 
 Two runs of a lesson give the same file, so a diff shows what an author changed and nothing else.
 """

@@ -1,6 +1,6 @@
 """How near the simulated times and bytes of virtual GPUs come to a real GPU.
 
-    python tests/benchmarks/compare_with_gpu.py
+    python tools/compare_with_gpu.py
 
 Needs an NVIDIA A100, H100 or H200 (SXM). The training steps of lesson 01, small and large, run on
 it and on a virtual GPU of its kind, which computes no numbers and so needs no memory. What comes
