@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import _thread
 import html
+import linecache
 import random
+import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from numbers import Real
+from types import FunctionType
 
 import numpy as np
 import torch
@@ -60,24 +65,91 @@ class Wrong(Exception):
 
 
 def check(function: Callable[..., Verdict]) -> Callable[..., Verdict]:
-    """Turn a function that raises into a check that never does, and that throws its own dice."""
+    """Turn a function that raises into a check that never does, and that throws its own dice.
+
+    An error is laid to the answer only if a line of the answer was at work when it came; then the
+    verdict names the line. An answer that is still at work after :data:`PATIENCE` seconds is
+    stopped.
+    """
 
     @wraps(function)
     def never_raises(*answer: object) -> Verdict:
+        for each in answer:
+            if not callable(each):
+                kind = type(each).__name__
+                return Verdict(WRONG, f"give the check your function: a {kind} is not callable.")
         try:
-            with _own_dice():
+            with _own_dice(), _patience():
                 return function(*answer)
         except Wrong as wrong:
             return Verdict(WRONG, str(wrong), wrong.facts)
         except Exception as error:
-            name, lines = type(error).__name__, str(error).splitlines()
-            if isinstance(error, NotImplementedError) and not lines:  # as the stub raises it
+            if isinstance(error, NotImplementedError) and not str(error):  # as the stub raises it
                 message = "write your answer in the cell above and run both again."
                 return Verdict(NOT_ATTEMPTED, message)
-            what = f"{name}: {lines[0]}" if lines else f"a bare {name}."
-            return Verdict(WRONG, f"your code stopped with {what}")
+            return Verdict(WRONG, _what_stopped(error, answer))
 
     return never_raises
+
+
+def _what_stopped(error: Exception, answers: tuple[object, ...]) -> str:
+    name, lines = type(error).__name__, str(error).splitlines()
+    what = f"{name}: {lines[0]}" if lines else f"a bare {name}."
+    line = _line_of_the_answer(error, answers)
+    if line is None:
+        return (
+            "your code ran, and what it returned or changed could not be looked at. The check "
+            f"stopped with {what}"
+        )
+    return f"your code stopped with {what} ({line})"
+
+
+def _line_of_the_answer(error: Exception, answers: tuple[object, ...]) -> str | None:
+    """Where in the answer ``error`` came up; ``None`` if no line of it was at work."""
+    # What else the learner wrote, such as a helper in another cell, shares the answer's globals.
+    theirs = [answer.__globals__ for answer in answers if isinstance(answer, FunctionType)]
+    found = None
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        if any(frame.f_globals is names for names in theirs):
+            source = linecache.getline(frame.f_code.co_filename, number).strip()
+            found = f"line {number}: {source}" if source else f"line {number}"
+    return found
+
+
+# Seconds that an answer may take; the slowest right one takes a few.
+PATIENCE = 60.0
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Stop what runs in the block as Ctrl-C would, if it does not end by itself.
+
+    Only the main thread can be interrupted, which is where a notebook runs its cells.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    has_run_out = threading.Event()
+
+    def stop() -> None:
+        has_run_out.set()
+        _thread.interrupt_main()
+
+    timer = threading.Timer(PATIENCE, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not has_run_out.is_set():
+            raise
+        raise Wrong(
+            f"your code was still at work after {PATIENCE:g} seconds, and was stopped: is there a "
+            "loop that never ends?"
+        ) from None
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 @contextmanager
