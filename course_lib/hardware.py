@@ -10,9 +10,12 @@ from contextlib import contextmanager
 import torch
 
 from course_lib.virtual import streams as virtual_streams
+from course_lib.virtual.adapters import loading
 from course_lib.virtual.machine import DEVICE_TYPE, MAX_DEVICES, machine
 from course_lib.virtual.memory import format_bytes
 from course_lib.virtual.spec import CLASSROOM, Spec
+
+loading.prepare()  # a file that was saved on a virtual GPU can be met before devices() is called
 
 # The two kinds have the same methods.
 Stream = torch.cuda.Stream | virtual_streams.Stream

@@ -875,12 +875,6 @@ def test_a_generator_of_the_host_is_refused(draw: Callable):
     assert "torch.manual_seed" in str(caught.value)
 
 
-def test_data_of_another_device_is_refused():
-    x = torch.ones(2, device="vgpu:1")
-    with pytest.raises(RuntimeError, match="move it first"):
-        x.data = torch.ones(2)
-
-
 def test_sparse_tensors_are_refused_in_one_line():
     with pytest.raises(NotImplementedError, match="dense"):
         torch.eye(3, device="vgpu:1").to_sparse()

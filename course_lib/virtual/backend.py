@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from course_lib.virtual import pinned
+from course_lib.virtual import pinned, storages
 from course_lib.virtual.adapters import (
     accelerator,
     attention,
     autocast,
     compiler,
+    data_attribute,
     interrupt,
-    loading,
     modules,
     recurrent,
 )
@@ -78,7 +78,8 @@ def register() -> list[torch.library.Library]:
     modules.prepare()
     accelerator.prepare()
     compiler.prepare()
-    loading.prepare()
+    storages.prepare()
+    data_attribute.prepare()
     _prepare_backward()
     interrupt.install()
     library = torch.library.Library("aten", "IMPL")

@@ -79,7 +79,7 @@ def finish(
         wrapped = _wrap_output(out, index, inputs, written)
         if operator.is_mutable:
             if operator.may_resize:
-                _follow_resized(inputs)
+                follow_resized(inputs)
             written += _written_in_place(operator, inner_args, inner_kwargs, inputs)
     if operator.runs_nothing or not (written or operator.host_waits):
         return wrapped  # memory reserved, or a view: nothing runs on the device
@@ -127,13 +127,15 @@ def check_has_numbers(name: str) -> None:
         )
 
 
-def _follow_resized(tensors: list[VirtualTensor]) -> None:
-    """Give each tensor whose inner one was resized its new shape, and new memory if it grew."""
+def follow_resized(tensors: list[VirtualTensor]) -> None:
+    """Give each tensor whose inner one was resized its form, and its memory the new size."""
     for outer in tensors:
-        inner = outer.inner
-        if inner.shape != outer.shape:
-            grew = inner.untyped_storage().nbytes() > outer.allocation.nbytes
-            outer.data = wrap(inner, outer.index, None if grew else outer.allocation)
+        inner, allocation = outer.inner, outer.allocation
+        nbytes = inner.untyped_storage().nbytes()
+        if nbytes != allocation.nbytes:
+            allocation.resize(nbytes)
+        if inner.shape != outer.shape or inner.stride() != outer.stride():
+            outer.follow(inner, allocation)
 
 
 def _unwrap(value: Any, tensors: list[VirtualTensor], host_tensors: list[torch.Tensor]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -62,15 +63,27 @@ class Allocation:
         memory, nbytes: where, and how much.
         writer: the last operation that wrote it before there were side streams.
         accesses: who read and wrote which part of it lately, since there are (see ``hazards``).
+        storage: what ``untyped_storage()`` gave last, if somebody keeps it (see ``storages``).
     """
 
-    __slots__ = ("accesses", "memory", "nbytes", "writer")
+    __slots__ = ("accesses", "memory", "nbytes", "storage", "writer")
 
     def __init__(self, memory: Memory, nbytes: int) -> None:
         self.memory = memory
         self.nbytes = nbytes
         self.writer: Ticket | None = None
         self.accesses: list[Access] | None = None
+        self.storage: weakref.ref | None = None
+
+    def resize(self, nbytes: int) -> None:
+        """Have ``nbytes`` from now on.
+
+        Raises:
+            torch.OutOfMemoryError: the device does not have them. Like CUDA, what grows takes its
+                new piece before the old one is free.
+        """
+        other = self.memory.allocate(nbytes)
+        self.nbytes, other.nbytes = other.nbytes, self.nbytes  # and the other goes, with the old
 
     def __del__(self) -> None:
         memory = self.memory

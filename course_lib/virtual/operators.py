@@ -63,9 +63,7 @@ class Operator:
             and not func._can_decompose()
             and "unsafe" not in self.name
         )
-        self.may_resize = self.name == "resize_" or any(
-            argument.is_out for argument in schema.arguments
-        )
+        self.may_resize = any(argument.is_out for argument in schema.arguments)
         self.is_random = torch.Tag.nondeterministic_seeded in func.tags
         # The host cannot go on without the number, or the shape.
         self.host_waits = torch.Tag.dynamic_output_shape in func.tags or (

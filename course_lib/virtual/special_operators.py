@@ -10,7 +10,13 @@ from typing import Any
 import torch
 
 from course_lib.virtual import hazards
-from course_lib.virtual.execution import check_has_numbers, execute, finish, target_of
+from course_lib.virtual.execution import (
+    check_has_numbers,
+    execute,
+    finish,
+    follow_resized,
+    target_of,
+)
 from course_lib.virtual.machine import machine
 from course_lib.virtual.operators import Operator, runs
 from course_lib.virtual.pinned import is_pinned
@@ -117,6 +123,44 @@ def _change_shape_in_place(operator: Operator, args: tuple, kwargs: dict) -> Vir
     inner = self.inner
     with torch.utils._mode_utils.no_dispatch():
         torch.as_strided_(self, inner.size(), inner.stride(), inner.storage_offset())
+    return self
+
+
+@runs(aten.resize_.default)
+def _resize(operator: Operator, args: tuple, kwargs: dict) -> VirtualTensor:
+    """``x.resize_(shape)``: the memory grows if it must, before anything is done."""
+    self, shape = args
+    nbytes = (self.storage_offset() + math.prod(shape)) * self.element_size()
+    if nbytes > self.allocation.nbytes:
+        self.allocation.resize(nbytes)
+    operator.run(self.inner, shape, **kwargs)
+    follow_resized([self])
+    return self
+
+
+@runs(aten.resize_as_.default)
+def _resize_as(operator: Operator, args: tuple, kwargs: dict) -> VirtualTensor:
+    self, template = args
+    return _resize(Operator.of(aten.resize_.default), (self, template.shape), kwargs)
+
+
+@runs(*(getattr(aten.set_, overload) for overload in aten.set_.overloads()))
+def _set(operator: Operator, args: tuple, kwargs: dict) -> VirtualTensor:
+    """``x.set_(y)``: from now on a view of the memory of ``y``, a tensor or a storage."""
+    self, *rest = args
+    source = kwargs.pop("source", None) if "source" in kwargs else (rest.pop(0) if rest else None)
+    if source is None:
+        allocation = machine.memories[self.index].allocate(0)
+        inner_source = []
+    elif source.device == self.device:
+        allocation, inner_source = source.allocation, [source.inner]
+    else:
+        raise RuntimeError(
+            f"Attempted to set the storage of a tensor on device {self.device} to a storage on "
+            f"different device {source.device}.  This is no longer allowed; the devices must match."
+        )
+    operator.run(self.inner, *inner_source, *rest, **kwargs)
+    self.follow(self.inner, allocation)
     return self
 
 

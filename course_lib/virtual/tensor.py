@@ -9,13 +9,16 @@ modules work as on any device. ``operators`` says who runs it.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import torch
+from torch.storage import TypedStorage
 
 from course_lib.virtual.machine import DEVICE_TYPE, machine
 from course_lib.virtual.memory import Allocation
 from course_lib.virtual.operators import Operator, known_operators
+from course_lib.virtual.storages import VirtualStorage
 
 _make_wrapper = torch.Tensor._make_wrapper_subclass
 _DEVICES: dict[int, torch.device] = {}
@@ -75,21 +78,37 @@ class VirtualTensor(torch.Tensor):
             return memo[id(self)]
         if not self.is_leaf:
             raise RuntimeError("only a tensor that is no result of others can be deep-copied")
-        result = self.detach().clone()
         if isinstance(self, torch.nn.Parameter):
-            result = torch.nn.Parameter(result, self.requires_grad)
-        else:  # a parameter's copy has no gradient, a tensor's has
+            result = torch.nn.Parameter(self.detach().clone(), self.requires_grad)
+        else:  # views of one memory are that in the copy too; unlike a parameter's, gradients stay
+            plain = self.detach().resolve_conj().resolve_neg()
+            storage = copy.deepcopy(plain.untyped_storage(), memo)
+            result = torch.empty(0, dtype=self.dtype, device=self.device)
+            result.set_(storage, plain.storage_offset(), plain.shape, plain.stride())
             result.requires_grad_(self.requires_grad)
             result.grad = copy.deepcopy(self.grad, memo)
         memo[id(self)] = result
         return result
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        # Saved as the CPU tensor and the name of the device, as PyTorch does for other devices
-        # whose memory it cannot read; torch.load(weights_only=True) knows the function.
-        numbers = self.detach().cpu()
-        rebuild = torch._utils._rebuild_device_tensor_from_cpu_tensor
-        return rebuild, (numbers, self.dtype, str(self.device), self.requires_grad)
+        # As PyTorch does it; its own method knows wrapper subclasses by their class alone.
+        hooks: OrderedDict = OrderedDict()  # are not saved
+        if isinstance(self, torch.nn.Parameter):
+            return torch._utils._rebuild_parameter, (self.detach(), self.requires_grad, hooks)
+        plain = self.detach().resolve_conj().resolve_neg()
+        storage = TypedStorage(
+            wrap_storage=plain.untyped_storage(), dtype=self.dtype, _internal=True
+        )
+        form = plain.storage_offset(), tuple(plain.shape), plain.stride()
+        return torch._utils._rebuild_tensor_v2, (storage, *form, self.requires_grad, hooks)
+
+    def untyped_storage(self) -> VirtualStorage:
+        return VirtualStorage.around(self.inner.untyped_storage(), self.allocation, self.device)
+
+    def data_ptr(self) -> int:
+        if self.numel() == 0:
+            return 0
+        return self.untyped_storage().data_ptr() + self.storage_offset() * self.element_size()
 
     def new_tensor(self, data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
         # PyTorch would ask its guard for the current device, and mean this tensor's.
@@ -104,17 +123,12 @@ class VirtualTensor(torch.Tensor):
     def tolist(self) -> Any:
         return self.detach().cpu().tolist()
 
-    def _set_data(self, value: torch.Tensor) -> None:
-        if not isinstance(value, VirtualTensor):
-            raise RuntimeError(
-                f"cannot set .data of a tensor on {self.device} to one on {value.device}: "
-                f"move it first, with .to('{self.device}')"
-            )
-        torch._C.TensorBase.data.__set__(self, value)
-        self.inner, self.index, self.allocation = value.inner, value.index, value.allocation
-
-    # ``x.data = y`` replaces what PyTorch sees; the numbers inside must follow.
-    data = property(torch._C.TensorBase.data.__get__, _set_data)
+    def follow(self, inner: torch.Tensor, allocation: Allocation) -> None:
+        """Be a tensor around ``inner``, whose form may be another than this one's."""
+        form = wrap(inner, self.index, allocation)
+        with torch._C._DisableTorchDispatch():
+            torch._C.TensorBase.data.__set__(self, form)
+        self.inner, self.allocation = inner, allocation
 
 
 def device_of(index: int) -> torch.device:
