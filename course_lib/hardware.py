@@ -129,6 +129,11 @@ def is_virtual(device: torch.device) -> bool:
     return device.type == DEVICE_TYPE
 
 
+def holds_numbers(device: torch.device) -> bool:
+    """Whether tensors on ``device`` have numbers, and not only a shape."""
+    return device.type != "meta" and not (is_virtual(device) and machine.backing.type == "meta")
+
+
 def stream(device: torch.device) -> Stream:
     """A new side stream of ``device``: ``with course_lib.stream(gpu):`` enqueues work there.
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from course_lib.parallel.collectives import all_reduce
-from course_lib.parallel.kinds import Loss
+from course_lib.parallel.counting import CountedShards, counts_of, part_of_mean, total_count
+from course_lib.parallel.kinds import Devices, Loss
 
 
 def replicate(model: nn.Module, devices: list[torch.device]) -> list[nn.Module]:
@@ -26,13 +27,20 @@ def replicate(model: nn.Module, devices: list[torch.device]) -> list[nn.Module]:
     return replicas
 
 
-def split_batch(batch: Tensor, devices: list[torch.device]) -> list[Tensor]:
-    """Split a batch along its first dimension, one shard a device.
+def split_batch(batch: Tensor, devices: Devices) -> CountedShards:
+    """Split a batch along its first dimension, one shard a device: a list of tensors.
 
     Shards differ by at most one example; with fewer examples than devices, some are empty.
+
+    Raises:
+        TypeError: the batch is no tensor.
     """
-    shards = torch.tensor_split(batch, len(devices))
-    return [shard.to(device) for shard, device in zip(shards, devices, strict=True)]
+    if not isinstance(batch, Tensor):
+        raise TypeError(
+            f"split_batch splits one tensor, not a {type(batch).__name__}: call it for each tensor "
+            "of a batch that has several"
+        )
+    return CountedShards(torch.tensor_split(batch, len(devices)), devices)
 
 
 def backward_on_shards(
@@ -44,28 +52,35 @@ def backward_on_shards(
 ) -> list[Tensor]:
     """Compute the loss and the gradients of every shard on its own device.
 
-    Each shard's loss is a mean over the shard. Weighted by the shard's share of the batch, the
-    losses add up to the mean over the batch, and so do their gradients, however uneven the shards.
+    Each shard's loss is a mean over the shard. Weighted by the shard's share of what the mean
+    counts (examples, or targets that are not padding), the losses add up to the mean over the
+    batch, and so do their gradients, however uneven the shards.
 
     Args:
-        loss_function: returns the mean loss of (outputs, targets).
-        batch_size: examples that the mean is over, if not those of these shards alone: with
-            gradient accumulation, the examples of all the small batches.
+        targets: one tensor a replica; best from :func:`split_batch`, which has counted them.
+        loss_function: returns the mean loss of (outputs, targets). It must not compare the
+            examples of a batch with each other, nor weigh classes: a shard sees its own examples
+            alone. :func:`course_lib.parallel.counting.require_mean_of_parts` checks one.
+        batch_size: targets that the mean is over, if not those of these shards alone: with
+            gradient accumulation, what all the small batches count.
 
     Returns:
         Each shard's part of the mean loss, a scalar on its device. A read of one makes the host
         wait, so read them after all the work has been enqueued.
 
     Raises:
-        ValueError: there is not one shard of each for every replica.
+        TypeError: the targets of a shard are no tensor.
+        ValueError: there is not one shard of each for every replica, or ``batch_size`` is less
+            than what these shards count.
     """
     _require_one_a_replica(replicas, inputs=inputs, targets=targets)
-    batch_size = batch_size or sum(len(shard) for shard in inputs)
+    counts = counts_of(targets)
+    total = total_count(counts, batch_size)
     losses = []
-    for replica, x, y in zip(replicas, inputs, targets, strict=True):
-        if len(x) == 0:
+    for replica, x, y, count in zip(replicas, inputs, targets, counts, strict=True):
+        if len(y) == 0:
             continue
-        loss = loss_function(replica(x), y) * (len(x) / batch_size)
+        loss = part_of_mean(loss_function, replica(x), y, count, total)
         loss.backward()
         losses.append(loss.detach())
     return losses
