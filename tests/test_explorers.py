@@ -1,13 +1,15 @@
 """The explorers: live where they can be, a picture where they cannot."""
 
 import base64
+import io
 
-import ipywidgets
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from PIL import Image
 
 from course_lib import devices, style
+from course_lib.explorers import explorer as explorer_module
 from course_lib.explorers import (
     lesson_00,
     lesson_01,
@@ -56,7 +58,7 @@ def test_an_explorer_has_a_short_name_and_a_static_picture(make) -> None:
 @pytest.mark.parametrize("make", EXPLORERS)
 def test_every_control_changes_the_picture_at_both_ends(make) -> None:
     explorer = make()
-    *controls, picture = explorer.children
+    *controls, _, picture = explorer.children
     for control in controls:
         before, start = picture.value, control.value
         ends = [False, True] if isinstance(start, bool) else [control.options[0],
@@ -94,6 +96,7 @@ def inverse(number: int) -> Explorer:
     def draw(number: int) -> plt.Figure:
         figure, ax = style.figure()
         ax.plot([1 / number])
+        ax.set_title("one over it")
         return figure
 
     return Explorer(draw, number=choice("number", [0, 1, 2], number))
@@ -101,15 +104,33 @@ def inverse(number: int) -> Explorer:
 
 def test_an_error_stands_in_one_line_where_the_picture_was() -> None:
     explorer = inverse(2)
-    control, picture = explorer.children
+    control, status, picture = explorer.children
+    before = picture.value
     control.value = 0
-    assert explorer.children[0] is control
-    (_, line) = explorer.children
-    assert isinstance(line, ipywidgets.HTML)
-    assert line.value == "ZeroDivisionError: division by zero"
+    assert "ZeroDivisionError: division by zero" in status.value
+    assert picture.value == ""
     control.value = 1
-    assert explorer.children == (control, picture)
-    assert picture.layout.opacity == "1"
+    assert "ZeroDivisionError" not in status.value
+    assert picture.value.startswith("<img") and picture.value != before
+
+
+def test_while_it_works_it_says_so_and_then_what_a_screen_reader_should_know() -> None:
+    seen = []
+    explorer = inverse(2)
+    control, status, picture = explorer.children
+    status.observe(lambda change: seen.append(change["new"]), names="value")
+    control.value = 1
+    working, done = seen
+    assert explorer_module.WORKING in working
+    assert 'role="status"' in done and "number: 1. one over it" in done
+    assert 'alt="number: 1. one over it"' in picture.value
+
+
+def test_the_static_picture_says_how_to_get_the_sliders() -> None:
+    png = base64.b64decode(inverse(2)._repr_mimebundle_()["image/png"])
+    picture = Image.open(io.BytesIO(png))
+    line = picture.crop((0, picture.height - 24, picture.width, picture.height)).convert("L")
+    assert line.getextrema()[0] < 100  # ink
 
 
 def test_an_explorer_whose_first_picture_fails_is_shown_without_one() -> None:
@@ -129,5 +150,5 @@ def test_an_error_message_cannot_be_taken_for_html() -> None:
     def draw(number: int) -> plt.Figure:
         raise ValueError("<b>bold</b>\nand more")
 
-    _, line = Explorer(draw, number=choice("number", [0], 0)).children
-    assert line.value == "ValueError: &lt;b&gt;bold&lt;/b&gt;"
+    _, status, _ = Explorer(draw, number=choice("number", [0], 0)).children
+    assert "ValueError: &lt;b&gt;bold&lt;/b&gt;</div>" in status.value

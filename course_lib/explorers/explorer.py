@@ -1,7 +1,7 @@
-"""The interactive explorers: sliders above a picture, drawn anew when a slider moves.
+"""What every interactive explorer is: sliders above a picture, drawn anew when a slider moves.
 
-Where no live widget can be shown (on GitHub, on a printed page), an explorer shows the picture of
-its first setting.
+Where no live widget can be shown (on GitHub, on a printed page, in a saved notebook), an explorer
+shows the picture of its first setting, with a line that says how to get the sliders.
 """
 
 from __future__ import annotations
@@ -15,8 +15,14 @@ from typing import Any
 import ipywidgets
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
 
 from course_lib import style
+
+DPI = 144  # sharp on a screen that is zoomed to 150 %
+WIDTH = "900px"
+WORKING = "Working ..."
+HOW_TO_GET_SLIDERS = "A picture of one setting. Run this cell to get the sliders."
 
 
 class Explorer(ipywidgets.VBox):
@@ -30,14 +36,15 @@ class Explorer(ipywidgets.VBox):
     def __init__(self, draw: Callable[..., Figure], **controls: ipywidgets.ValueWidget) -> None:
         self._draw = draw
         self._controls = controls
-        self._picture = ipywidgets.Image(format="png")
-        self._picture.layout.width, self._picture.layout.max_width = "900px", "100%"
-        self._error = ipywidgets.HTML()
+        self._png = b""
+        # A screen reader announces what changes in it: the settings, and what the picture says.
+        self._status = ipywidgets.HTML()
+        self._picture = ipywidgets.HTML()
         for control in controls.values():
             control.style.description_width = "190px"
             control.layout.width = "480px"
             control.observe(self._refresh, names="value")
-        super().__init__([*controls.values(), self._picture])
+        super().__init__([*controls.values(), self._status, self._picture])
         self.layout.align_items = "flex-start"
         self._refresh()
 
@@ -47,26 +54,35 @@ class Explorer(ipywidgets.VBox):
         return {name: control.value for name, control in self._controls.items()}
 
     def _refresh(self, change: object = None) -> None:
-        self._picture.layout.opacity = "0.4"  # a sign of work going on
+        self._say(WORKING)
         open_before = set(plt.get_fignums())
-        buffer = io.BytesIO()
         try:
             with style.look():
-                self._draw(**self.values).savefig(buffer, format="png", dpi=100)
+                figure = self._draw(**self.values)
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format="png", dpi=DPI)
         except Exception as error:
+            self._png = b""
+            self._picture.value = ""
             first_line = next(iter(str(error).splitlines()), "")
-            self._error.value = html.escape(f"{type(error).__name__}: {first_line}")
-            self._show(self._error)
+            self._say(f"{type(error).__name__}: {first_line}")
         else:
-            self._picture.value = buffer.getvalue()
-            self._show(self._picture)
+            self._png = buffer.getvalue()
+            description = f"{self._settings()}. {_titles(figure)}"
+            self._picture.value = _image(self._png, description)
+            self._say(description, is_shown=False)
         finally:
-            self._picture.layout.opacity = "1"
             for number in set(plt.get_fignums()) - open_before:
                 plt.close(number)
 
-    def _show(self, result: ipywidgets.DOMWidget) -> None:
-        self.children = [*self._controls.values(), result]
+    def _say(self, text: str, is_shown: bool = True) -> None:
+        hidden = "" if is_shown else ' style="position: absolute; left: -9999px"'
+        self._status.value = f'<div role="status"{hidden}>{html.escape(text)}</div>'
+
+    def _settings(self) -> str:
+        return ", ".join(
+            f"{control.description}: {control.value}" for control in self._controls.values()
+        )
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value}" for name, value in self.values.items())
@@ -75,8 +91,8 @@ class Explorer(ipywidgets.VBox):
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         bundle = super()._repr_mimebundle_(**kwargs)
         bundle["text/plain"] = repr(self)
-        if self._picture in self.children:
-            bundle["image/png"] = base64.b64encode(self._picture.value).decode()
+        if self._png:
+            bundle["image/png"] = base64.b64encode(_with_line_below(self._png)).decode()
         return bundle
 
 
@@ -85,3 +101,31 @@ def choice(label: str, options: list, value: Any) -> ipywidgets.SelectionSlider:
     return ipywidgets.SelectionSlider(
         description=label, options=options, value=value, continuous_update=False
     )
+
+
+def _titles(figure: Figure) -> str:
+    """What the figure says of itself, for those who do not see it."""
+    titles = [ax.get_title(loc) for ax in figure.axes for loc in ("left", "center")]
+    return "; ".join(title for title in titles if title)
+
+
+def _image(png: bytes, description: str) -> str:
+    data = base64.b64encode(png).decode()
+    return (
+        f'<img src="data:image/png;base64,{data}" alt="{html.escape(description, quote=True)}" '
+        f'style="width: {WIDTH}; max-width: 100%">'
+    )
+
+
+def _with_line_below(png: bytes) -> bytes:
+    """The picture with :data:`HOW_TO_GET_SLIDERS` below it, in fewer pixels: it is stored."""
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    size = round(picture.width * 100 / DPI), round(picture.height * 100 / DPI)
+    picture = picture.resize(size, Image.Resampling.LANCZOS)
+    whole = Image.new("RGB", (picture.width, picture.height + 24), "white")
+    whole.paste(picture)
+    font = ImageFont.load_default(size=13)
+    ImageDraw.Draw(whole).text((12, picture.height + 3), HOW_TO_GET_SLIDERS, style.INK, font)
+    buffer = io.BytesIO()
+    whole.save(buffer, format="png", optimize=True)
+    return buffer.getvalue()
