@@ -2,7 +2,6 @@
 
 VENV := .venv
 STAMP := $(VENV)/.installed
-FIRST := notebooks/00_meet_your_gpus.ipynb
 
 ifeq ($(OS),Windows_NT)
 SCRIPTS := Scripts
@@ -35,14 +34,17 @@ ifeq ($(shell id -u),0)
 ROOT := --allow-root
 endif
 
-.PHONY: help lab test unit nb notebooks conformance images bench lint constraints clean
+.PHONY: help lab fresh test unit nb notebooks conformance images bench lint constraints clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 # More flags for JupyterLab: make lab LAB=--no-browser
-lab: $(STAMP) ## Install everything, then open the first lesson in JupyterLab
-	$(PY) -m jupyterlab --ServerApp.ip=127.0.0.1 --LabApp.default_url=/lab/tree/$(FIRST) $(ROOT) $(LAB)
+lab: $(STAMP) ## Install everything, then open a working copy of the lessons in JupyterLab
+	$(PY) tools/lab.py --ServerApp.ip=127.0.0.1 $(ROOT) $(LAB)
+
+fresh: $(STAMP) ## Fetch a lesson anew into your working copy, with your answers (NB=02)
+	$(PY) tools/lab.py --fresh $(NB)
 
 test: $(STAMP) ## Check all: lint, unit tests, then every notebook against its outputs
 	@rm -f build/unit.xml build/nb.xml
