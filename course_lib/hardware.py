@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
+from course_lib import tracebacks
 from course_lib.virtual import streams as virtual_streams
 from course_lib.virtual.adapters import loading
 from course_lib.virtual.machine import DEVICE_TYPE, MAX_DEVICES, machine
@@ -53,6 +54,7 @@ def devices(count: int, spec: Spec | None = None, backing: str | None = None) ->
     if machine.clock.listeners:
         raise RuntimeError("devices() sets the clock to zero: call it before trace(), not inside")
     real_count = torch.cuda.device_count()
+    tracebacks.install()
     real_devices.clear()
     if backing is None and _wants_real(count, real_count):
         machine.configure(CLASSROOM, 0)
