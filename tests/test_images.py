@@ -5,9 +5,13 @@ import runpy
 import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from course_lib import pictures
 
 IMAGES = Path(__file__).resolve().parent.parent / "images"
 PICTURES = sorted(IMAGES.glob("*.svg"))
@@ -34,6 +38,22 @@ def test_script_draws_the_committed_bytes(picture, tmp_path, monkeypatch):
     runpy.run_path(str(tmp_path / f"{picture.stem}.py"), run_name="__main__")
     monkeypatch.delitem(sys.modules, "drawing")
     assert (tmp_path / picture.name).read_bytes() == picture.read_bytes(), "run: make images"
+
+
+@of_each_picture
+def test_the_png_is_made_of_the_committed_svg_and_says_what_it_shows(picture):
+    shown = pictures.picture(picture.stem)
+    with Image.open(picture.with_suffix(".png")) as png:
+        assert png.info["Source"] == sha256(picture.read_bytes()).hexdigest(), "run: make images"
+        assert png.width == 1.5 * COLUMN
+    root = ElementTree.parse(picture).getroot()
+    assert shown.alt == f"{root.findtext(SVG + 'title')}. {root.findtext(SVG + 'desc')}"
+    assert shown.width == COLUMN
+
+
+def test_an_unknown_picture_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match=r"no picture 'rings' .* there are: .*ring"):
+        pictures.picture("rings")
 
 
 @of_each_picture
