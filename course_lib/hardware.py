@@ -84,7 +84,7 @@ def devices(count: int, spec: Spec | None = None, backing: str | None = None) ->
 
 
 @contextmanager
-def other_devices(
+def fresh_devices(
     count: int, spec: Spec | None = None, backing: str = "cpu"
 ) -> Iterator[list[torch.device]]:
     """Virtual devices for a measurement that must not disturb the program's own.

@@ -7,7 +7,7 @@ import torch
 
 import course_lib
 from course_lib import Spec
-from course_lib.virtual.clock import Span
+from course_lib.spans import Span
 
 SPEC = Spec(
     name="test GPU",

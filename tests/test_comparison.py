@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from course_lib.hardware import host_seconds, memory_in_use, other_devices, peak_memory
+from course_lib.hardware import fresh_devices, host_seconds, memory_in_use, peak_memory
 from course_lib.models import GPT, next_token_loss, parameter_count
 from course_lib.parallel import comparison
 from course_lib.parallel.comparison import METHODS, Measurement, compare, measure
@@ -135,7 +135,7 @@ def test_the_device_that_sends_most_counts(vgpus) -> None:
 
 def test_the_second_step_is_what_is_measured() -> None:
     kept: list[Tensor] = []
-    with other_devices(4, SPEC) as gpus:
+    with fresh_devices(4, SPEC) as gpus:
         measured = measure(lambda: kept.append(torch.zeros(250, device=gpus[1])), gpus)
     # One write of 1000 bytes, enqueued after the launch.
     expected = SPEC.launch_overhead + 1000 / SPEC.memory_bandwidth
@@ -144,7 +144,7 @@ def test_the_second_step_is_what_is_measured() -> None:
 
 def test_data_parallelism_holds_parameters_gradients_and_moments_between_steps() -> None:
     gpt, (tokens, targets) = a_gpt(), a_batch()
-    with other_devices(2) as gpus:
+    with fresh_devices(2) as gpus:
         measured = measure(METHODS["data"](gpt, gpus, tokens, targets), gpus)
     assert measured.between_steps == 4 * 4 * parameter_count(gpt) + tokens.nbytes
     assert measured.peak > measured.between_steps

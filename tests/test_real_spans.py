@@ -9,9 +9,9 @@ import torch
 
 import course_lib
 from course_lib import Trace, hardware
+from course_lib.spans import Span
 from course_lib.timeline import real_spans
 from course_lib.timeline.real_spans import BLOCK, REGION, record_spans, spans_from_profiler
-from course_lib.virtual.clock import Span
 from course_lib.virtual.machine import machine
 
 pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available")

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from course_lib import A100, memory_in_use, trace
-from course_lib.hardware import other_devices
+from course_lib.hardware import fresh_devices
 from course_lib.models import GPT, MLP, next_token_loss, parameter_count
 from course_lib.parallel import data_parallel, sharded_data_parallel
 from course_lib.parallel.data_parallel import replicate, split_batch
@@ -149,7 +149,7 @@ def step(sharded: Sharded, width: int, examples: int = 4):
 @cache
 def held_and_sent(stage: int, count: int) -> tuple[list[int], list[int]]:
     """For each device, bytes in use after a step, and bytes sent in it."""
-    with other_devices(count, A100, "meta") as gpus:
+    with fresh_devices(count, A100, "meta") as gpus:
         sharded = large_mlp(gpus, stage)
         t = step(sharded, 48)
         sent = [0] * count
@@ -176,7 +176,7 @@ def test_a_device_sends_the_bytes_of_the_paper(stage: int, count: int) -> None:
 
 
 def test_the_peak_of_stage_3_is_its_share_and_a_few_units() -> None:
-    with other_devices(4, A100, "meta") as gpus:
+    with fresh_devices(4, A100, "meta") as gpus:
         depth, width = 6, 512
         sharded = large_mlp(gpus, 3, depth, width)
         unit = width * width + width
@@ -186,15 +186,15 @@ def test_the_peak_of_stage_3_is_its_share_and_a_few_units() -> None:
 
 
 def test_a_model_too_large_for_one_device_trains_at_stage_3() -> None:
-    with other_devices(4, A100, "meta") as gpus, pytest.raises(torch.OutOfMemoryError):
+    with fresh_devices(4, A100, "meta") as gpus, pytest.raises(torch.OutOfMemoryError):
         large_mlp(gpus, 0, depth=6, width=2**15)  # 6.4 billion parameters
-    with other_devices(4, A100, "meta") as gpus:
+    with fresh_devices(4, A100, "meta") as gpus:
         large_mlp(gpus, 3, depth=6, width=2**15)
 
 
 @pytest.mark.parametrize("prefetch, at_once", [(True, 2), (False, 1)])
 def test_so_many_units_are_gathered_at_once(monkeypatch, prefetch: bool, at_once: int) -> None:
-    with other_devices(3, A100, "meta") as gpus:
+    with fresh_devices(3, A100, "meta") as gpus:
         sharded = large_mlp(gpus, 3, depth=5, prefetch=prefetch)
         seen, set_rows = [], sharded_data_parallel._Unit.set_rows
 
@@ -211,7 +211,7 @@ def test_so_many_units_are_gathered_at_once(monkeypatch, prefetch: bool, at_once
 def test_prefetch_hides_gathers_behind_computing() -> None:
     seconds = {}
     for prefetch in (True, False):
-        with other_devices(4, A100 / 1000, "meta") as gpus:
+        with fresh_devices(4, A100 / 1000, "meta") as gpus:
             sharded = large_mlp(gpus, 3, depth=6, width=256, prefetch=prefetch)
             t = step(sharded, 256, examples=4000)
             seconds[prefetch] = t.seconds

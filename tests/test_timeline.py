@@ -14,9 +14,9 @@ from matplotlib.colors import same_color
 
 import course_lib
 from course_lib import Trace
+from course_lib.spans import Span
 from course_lib.timeline import MemoryHistory
 from course_lib.timeline.plots import LOOKS
-from course_lib.virtual.clock import Span
 
 Devices = list[torch.device]
 

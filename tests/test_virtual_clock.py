@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional as F
 
 import course_lib
-from course_lib.virtual.clock import Clock, Span
+from course_lib.spans import Span
+from course_lib.virtual.clock import Clock
 from round_numbers import LATENCY, LAUNCH, SPEC, seconds, spans_of
 
 Devices = list[torch.device]

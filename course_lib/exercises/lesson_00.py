@@ -15,7 +15,7 @@ from course_lib.exercises.verdict import Verdict, Wrong, check, require_number, 
 @check
 def check_sum(sum_on_first: Callable[[list[Tensor]], Tensor]) -> Verdict:
     """Graded on the sum, its device, untouched inputs, and the bytes that crossed each link."""
-    with hardware.other_devices(4) as gpus:
+    with hardware.fresh_devices(4) as gpus:
         originals = [torch.randn(100, 100) for _ in gpus]
         tensors = [tensor.to(gpu) for tensor, gpu in zip(originals, gpus, strict=True)]
         with timeline.trace() as t:
@@ -51,7 +51,7 @@ def check_sum(sum_on_first: Callable[[list[Tensor]], Tensor]) -> Verdict:
 def check_together(sums_of_powers: Callable[[list[Tensor], int], list[float]]) -> Verdict:
     """Graded on the sums, and on the time: four GPUs may take hardly longer than one."""
     times = 4
-    with hardware.other_devices(4) as gpus:
+    with hardware.fresh_devices(4) as gpus:
         originals = [torch.randn(256, 256) / 16 for _ in gpus]
         matrices = [matrix.to(gpu) for matrix, gpu in zip(originals, gpus, strict=True)]
         with timeline.trace() as alone:
@@ -123,7 +123,7 @@ def check_fits(largest_side: Callable[[int], int]) -> Verdict:
 def _fits(side: int, free: int) -> bool:
     """Whether ``free`` bytes hold the matrix; a virtual GPU with so much memory makes it."""
     nbytes = 4 * side * side
-    with hardware.other_devices(1, CLASSROOM.with_(memory=free)) as (gpu,):
+    with hardware.fresh_devices(1, CLASSROOM.with_(memory=free)) as (gpu,):
         if nbytes > 2 * free:
             return False  # far too large to try
         try:

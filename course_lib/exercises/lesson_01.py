@@ -82,7 +82,7 @@ def check_memory(model_bytes: Callable[[int, str], float]) -> Verdict:
 def check_accumulate(accumulate: Callable[[nn.Module, Tensor, Tensor, int], None]) -> Verdict:
     """Graded on the gradients, and on the peak memory beside that of one piece."""
     pieces, size = 8, 256
-    with hardware.other_devices(1) as (gpu,):
+    with hardware.fresh_devices(1) as (gpu,):
         model = MLP(64, 64, 64, 10).to(gpu)
         x = torch.randn(pieces * size, 64, device=gpu)
         y = torch.randint(10, (pieces * size,), device=gpu)

@@ -17,7 +17,7 @@ from course_lib.parallel.data_parallel import replicate, split_batch
 @check
 def check_mean(all_reduce_mean: Callable[[list[Tensor]], None]) -> Verdict:
     """Graded on the mean, bit-identical tensors, and the bytes that crossed the links."""
-    with hardware.other_devices(4) as gpus:
+    with hardware.fresh_devices(4) as gpus:
         originals = [torch.randn(1000) for _ in gpus]
         tensors = [tensor.to(gpu) for tensor, gpu in zip(originals, gpus, strict=True)]
         with timeline.trace() as t:
@@ -58,7 +58,7 @@ def check_mean(all_reduce_mean: Callable[[list[Tensor]], None]) -> Verdict:
 @check
 def check_combine(combine: Callable[[list[Tensor | None], list[int]], Tensor]) -> Verdict:
     """Graded on the gradient for even, uneven and empty shards."""
-    with hardware.other_devices(4) as gpus:
+    with hardware.fresh_devices(4) as gpus:
         for sizes in ([5, 5, 5, 5], [104, 103, 103, 103], [9, 1, 4, 2], [1, 1, 1, 0], [0, 2, 1, 0]):
             examples = [torch.randn(size, 6) for size in sizes]
             gradients = [
@@ -116,7 +116,7 @@ def _combined(combine: Callable, gradients: list[Tensor | None], sizes: list[int
 @check
 def check_once(accumulate_and_exchange: Callable) -> Verdict:
     """Graded on the gradients of every replica, and on the bytes of one exchange."""
-    with hardware.other_devices(3) as gpus:
+    with hardware.fresh_devices(3) as gpus:
         model = MLP(64, 32, 10)
         x, y = torch.randn(70, 64), torch.randint(10, (70,))
         pieces = [

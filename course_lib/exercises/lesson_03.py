@@ -31,7 +31,7 @@ def check_gather(all_gather: Callable[[list[Tensor]], None]) -> Verdict:
 
 def _require_chunks(all_gather: Callable[[list[Tensor]], None], count: int, numel: int) -> None:
     # The trace keeps warnings about missing waits from the learner: the verdict speaks of them.
-    with hardware.other_devices(count) as gpus, timeline.trace():
+    with hardware.fresh_devices(count) as gpus, timeline.trace():
         whole = torch.randn(numel).tensor_split(count)
         originals = [torch.randn(numel) for _ in gpus]
         for rank, original in enumerate(originals):
@@ -51,7 +51,7 @@ def _require_chunks(all_gather: Callable[[list[Tensor]], None], count: int, nume
 
 def _require_waits(all_gather: Callable[[list[Tensor]], None]) -> None:
     """The tensors are written right before and right after, on the main streams."""
-    with hardware.other_devices(3) as gpus, timeline.trace() as t:
+    with hardware.fresh_devices(3) as gpus, timeline.trace() as t:
         tensors = [torch.ones(12, device=gpu) for gpu in gpus]
         all_gather(list(tensors))
         for tensor in tensors:
@@ -66,7 +66,7 @@ def _require_speed(
     """Check bytes and seconds; returns what it took."""
     numel = 120_000  # all counts here divide it
     spec = CLASSROOM.with_(launch_overhead=0.0)
-    with hardware.other_devices(count, spec) as gpus:
+    with hardware.fresh_devices(count, spec) as gpus:
         tensors = [torch.ones(numel, device=gpu) for gpu in gpus]
         with timeline.trace() as t:
             all_gather(list(tensors))
@@ -148,7 +148,7 @@ def _require_reduced(
 @check
 def check_accumulate(accumulate: Callable[..., None]) -> Verdict:
     """Graded on the gradients and on the bytes that crossed the links."""
-    with hardware.other_devices(3) as gpus:
+    with hardware.fresh_devices(3) as gpus:
         model = MLP(16, 32, 4)
         batches = [[(torch.randn(6, 16), torch.randint(0, 4, (6,))) for _ in gpus] for _ in "1234"]
         replicas = replicate(model, gpus)

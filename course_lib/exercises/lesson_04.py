@@ -18,7 +18,7 @@ from course_lib.parallel.layer_parallel import LayerParallel, balanced_cuts
 @check
 def check_forward(forward_across: Callable) -> Verdict:
     """Graded on the output, its device, the first stage's gradients, and the bytes moved."""
-    with hardware.other_devices(4) as gpus:
+    with hardware.fresh_devices(4) as gpus:
         model = MLP(64, 64, 64, 64, 10)
         x = torch.randn(32, 64)
         with torch.no_grad():
@@ -98,7 +98,7 @@ def check_bytes(bytes_of_step: Callable[..., float]) -> Verdict:
 
 
 def _measured_bytes(B: int, T: int, D: int, stages: int) -> int:
-    with hardware.other_devices(stages) as gpus:
+    with hardware.fresh_devices(stages) as gpus:
         model = GPT(20, context=T, width=D, heads=2, depth=stages, tied=False)
         placed = LayerParallel(model, gpus, list(range(2, stages + 1)))
         with timeline.trace() as t:
@@ -159,7 +159,7 @@ def _costliest(costs: list[float], cuts: list[int]) -> float:
 @check
 def check_halves(forward_overlapped: Callable) -> Verdict:
     """Graded on the output, and on the time beside the plain forward pass."""
-    with hardware.other_devices(2) as gpus:
+    with hardware.fresh_devices(2) as gpus:
         model = MLP(64, 512, 512, 512, 512, 10)
         x = torch.randn(512, 64)
         with torch.no_grad():

@@ -88,7 +88,7 @@ def show(my_schedule: Callable[[], list[list[str]]]) -> None:
 
 def _run(schedule: Schedule) -> timeline.Trace:
     """Record a real step by this schedule, and compare its gradients."""
-    with hardware.other_devices(GPUS, CLASSROOM.with_(launch_overhead=0.0)) as gpus:
+    with hardware.fresh_devices(GPUS, CLASSROOM.with_(launch_overhead=0.0)) as gpus:
         layers = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256)).double()
         x, y = torch.randn(256, 256).double(), torch.randint(0, 256, (256,))
         parts = [nn.Linear(256, 256).double() for _ in range(2)]

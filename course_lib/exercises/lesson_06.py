@@ -17,7 +17,7 @@ from course_lib.parallel.collectives import ring_all_reduce
 def check_row(row_linear: Callable[..., Sequence[Tensor]]) -> Verdict:
     """Graded on the output of every GPU, for several counts of them, and the bytes that moved."""
     for count in (2, 1, 4):
-        with hardware.other_devices(count) as gpus:
+        with hardware.fresh_devices(count) as gpus:
             x, weight, bias = torch.randn(6, 12), torch.randn(5, 12), torch.randn(5)
             xs, weights = (
                 [part.to(gpu) for part, gpu in zip(whole.chunk(count, 1), gpus, strict=True)]
@@ -125,7 +125,7 @@ def check_best(best_token: Callable[[list[Tensor]], Tensor]) -> Verdict:
     """Graded on the tokens, where they are, and the bytes that each GPU sent to another."""
     rows = 50
     for sizes in ([40, 40, 40], [30, 25, 7, 38], [64]):
-        with hardware.other_devices(len(sizes)) as gpus:
+        with hardware.fresh_devices(len(sizes)) as gpus:
             scores = torch.randn(rows, sum(sizes)) - 3  # all may be negative
             scores[0, [3, sum(sizes) - 1]] = 5.0  # equal ones, in two parts
             parts = [part.to(gpu) for part, gpu in zip(scores.split(sizes, 1), gpus, strict=True)]

@@ -60,7 +60,7 @@ def _gpus(count: int) -> str:
 def check_step(sgd_step: Callable[[list[Tensor], list[Tensor], float], None]) -> Verdict:
     """Graded on the values, on who updates what, and on the bytes that each GPU sends."""
     for count in (1, 2, 4):
-        with hardware.other_devices(count) as gpus:
+        with hardware.fresh_devices(count) as gpus:
             parameters = torch.randn(120)
             gradients = [torch.randn(120) for _ in gpus]
             rows = [parameters.to(gpu) for gpu in gpus]
@@ -125,7 +125,7 @@ def _step_mistake(result: Tensor, before: Tensor, gradients: list[Tensor], rank:
 def check_gather(sharded_forward: Callable[..., Sequence[Tensor]]) -> Verdict:
     """Graded on the output, on the bytes gathered, and on the memory at the peak."""
     width, depth, count = 256, 6, 4
-    with hardware.other_devices(count) as gpus:
+    with hardware.fresh_devices(count) as gpus:
         weights = [torch.randn(width, width) / width**0.5 for _ in range(depth)]
         layers = [
             [part.to(gpu) for part, gpu in zip(weight.chunk(count), gpus, strict=True)]

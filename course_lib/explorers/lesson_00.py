@@ -14,7 +14,7 @@ def explore_queues() -> Explorer:
     """Lesson 00: two GPUs multiply matrices, with or without a read in the loop."""
 
     def draw(side: int, products: int, read: bool) -> Figure:
-        with hardware.other_devices(2) as gpus:
+        with hardware.fresh_devices(2) as gpus:
             matrices = [torch.ones(side, side, device=gpu) for gpu in gpus]
             with timeline.trace() as t:
                 for matrix in matrices:

@@ -22,7 +22,7 @@ def explore_step() -> Explorer:
     }
 
     def draw(batch: int, width: int, optimizer: str) -> Figure:
-        with hardware.other_devices(1) as (gpu,):
+        with hardware.fresh_devices(1) as (gpu,):
             holders, seconds = _measure_step(gpu, batch, width, optimizers[optimizer])
             capacity = hardware.memory_capacity(gpu)
         figure, (memory_ax, time_ax) = style.figure(columns=2, height=2.6)

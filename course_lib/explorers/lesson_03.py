@@ -48,7 +48,7 @@ def explore_all_reduce() -> Explorer:
 
 
 def _measure_all_reduce(way: Callable, count: int, numel: int, spec: Spec) -> float:
-    with hardware.other_devices(count, spec, backing="meta") as gpus:
+    with hardware.fresh_devices(count, spec, backing="meta") as gpus:
         tensors = [torch.empty(numel, device=gpu) for gpu in gpus]
         with timeline.trace() as t:
             way(tensors)

@@ -15,7 +15,7 @@ def explore_stages() -> Explorer:
     """Lesson 04: forward and backward of an MLP in stages, and whether a training step fits."""
 
     def draw(stages: int, width: int, batch: int) -> Figure:
-        with hardware.other_devices(stages, CLASSROOM.with_(memory=1e9)) as gpus:
+        with hardware.fresh_devices(stages, CLASSROOM.with_(memory=1e9)) as gpus:
             t, peak = _measure_stages(gpus, width, batch)
         idle = sum(t.idle_fraction(index) for index in range(stages)) / stages
         fits = "fits" if peak <= CLASSROOM.memory else "does not fit"

@@ -36,7 +36,7 @@ def explore_tensor_parallel() -> Explorer:
 
 def _measure_block(count: int, width: int, tokens: int, spec: Spec) -> tuple[float, float]:
     """Seconds in matrix products on one GPU, and of the whole."""
-    with hardware.other_devices(count, spec, backing="meta") as gpus:
+    with hardware.fresh_devices(count, spec, backing="meta") as gpus:
         with gpus[0]:
             block = ParallelBlock(Block(width, 32, 0.0), gpus).bfloat16()
         xs = [

@@ -15,7 +15,7 @@ def explore_ring_attention() -> Explorer:
 
     def draw(order: str, tokens: int, link: int) -> Figure:
         spec = A100.with_(launch_overhead=0.0, link_bandwidth=link * 1e9)
-        with hardware.other_devices(4, spec, backing="meta") as gpus:
+        with hardware.fresh_devices(4, spec, backing="meta") as gpus:
             parts = [
                 [
                     torch.empty(

@@ -158,7 +158,7 @@ def compare(
     tokens = torch.zeros(batch, length, dtype=torch.int64)
     results: dict[str, Measurement | None] = {}
     for name in names:
-        with hardware.other_devices(count, spec) as devices:
+        with hardware.fresh_devices(count, spec) as devices:
             try:
                 results[name] = measure(METHODS[name](gpt, devices, tokens, tokens), devices)
             except torch.OutOfMemoryError:

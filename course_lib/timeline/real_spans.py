@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from course_lib.virtual.clock import Span
+from course_lib.spans import Span
 
 # Optimizers and data loaders annotate as well: the prefix tells our regions from theirs.
 REGION = "course_lib.region: "

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from course_lib import hardware
 from course_lib.timeline import real_spans
 from course_lib.timeline.recording import MemoryHistory, Trace
-from course_lib.virtual import hazards
 from course_lib.virtual.hazards import Hazard, StreamHazard
 from course_lib.virtual.machine import DEVICE_TYPE, machine
 
@@ -81,13 +80,13 @@ def _trace_virtual(strict: bool) -> Iterator[Trace]:
         memory.listeners.append(listeners[-1])
         result.memory.append(history)
     clock.listeners.append(result.spans.append)
-    hazards.listeners.append(add_hazard)
+    clock.hazard_listeners.append(add_hazard)
     try:
         yield result
     finally:
         machine.synchronize()
         clock.listeners.remove(result.spans.append)
-        hazards.listeners.remove(add_hazard)
+        clock.hazard_listeners.remove(add_hazard)
         for memory, listener in zip(machine.memories, listeners, strict=False):
             memory.listeners.remove(listener)
         result.seconds = clock.host - began
@@ -95,7 +94,7 @@ def _trace_virtual(strict: bool) -> Iterator[Trace]:
             span.start -= began
             span.end -= began
         for history, place, tasks in unsettled:
-            seconds = clock.end_of(tasks) - began
+            seconds = clock.tasks.end_of(tasks) - began
             history.seconds[place] = max(history.seconds[place], seconds)
         for history in result.memory:
             history.append(result.seconds, history.nbytes[-1])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from course_lib.virtual.clock import Span
+from course_lib.spans import Span
 from course_lib.virtual.hazards import Hazard
 from course_lib.virtual.machine import DEVICE_TYPE
 

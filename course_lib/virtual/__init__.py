@@ -3,12 +3,13 @@
 How it works, in the order to read it:
 
 * ``spec``     what a GPU can do: speeds and sizes, as data;
+* ``tasks``    operations whose times are not known yet, and the order in which they get them;
 * ``streams``  queues of work, events, and what waits for what;
 * ``clock``    simulated time: how long each thing takes, and when it runs;
 * ``hazards``  waits between streams that a program lacks;
 * ``memory``   bytes in use on each device;
 * ``pinned``   host memory that can be copied from while the host goes on;
-* ``machine``  the simulated computer: some GPUs, their memories, their clock, their dice;
+* ``machine``  the simulated computer: all its state, which is swapped whole;
 * ``cost``     the operations and bytes of one operator;
 * ``operators``  one operator: what it does to its arguments, and who runs it;
 * ``storages``  what ``untyped_storage()`` gives;

@@ -12,113 +12,21 @@ host wait.
 
 As long as each device has its default stream alone, an operation's times are known when it is
 enqueued. With side streams they are not: something enqueued later may be ready sooner. Then
-operations wait in a list until the host waits for one of them, or a trace ends.
+operations wait as ``tasks`` until the host waits for one of them, or a trace ends.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from heapq import heappop, heappush
-from itertools import count
 from typing import Any
 
+from course_lib.spans import Span
 from course_lib.virtual.spec import Spec
 from course_lib.virtual.streams import STREAMS_A_DEVICE, Stream, Ticket, remember
+from course_lib.virtual.tasks import Engine, Task, Tasks
 
 DEFAULT = ("",)  # the name of the default stream, shared by the spans of a million operations
-
-
-@dataclass(slots=True)
-class Span:
-    """One operation or copy, and when it ran.
-
-    Attributes:
-        name: the operator's name, for example ``"addmm"``.
-        device: index of the device that ran it; for a copy, the sender (the receiver, when the
-            host is the sender).
-        start, end: simulated seconds.
-        flops: floating-point operations of its matrix products.
-        bytes: bytes read and written; for a copy, the bytes moved.
-        route: ``None`` for compute, ``(source, destination)`` device indices for a copy, with
-            ``None`` standing for the host.
-        region: what the program was doing, if it said so with ``course_lib.region``.
-        streams: the name of its stream, ``""`` for the default one; for a copy between devices
-            two names, the sender's first.
-    """
-
-    name: str
-    device: int
-    start: float
-    end: float
-    flops: float
-    bytes: int
-    route: tuple[int | None, int | None] | None = None
-    region: str = ""
-    streams: tuple[str, ...] = ("", "")
-
-    @property
-    def kind(self) -> str:
-        """``"copy"``, ``"matmul"`` or ``"other"`` (anything bound by memory traffic)."""
-        if self.route is not None:
-            return "copy"
-        return "matmul" if self.flops else "other"
-
-    @property
-    def devices(self) -> tuple[int | None, ...]:
-        """Whom it keeps busy: one device, or both ends of a copy, ``None`` being the host."""
-        return (self.device,) if self.route is None else self.route
-
-
-class Engine:
-    """A part of a GPU that does one thing at a time: its cores, or one end of a link."""
-
-    __slots__ = ("free_at",)
-
-    def __init__(self) -> None:
-        self.free_at = 0.0
-
-
-class Task:
-    """An operation whose times are not known yet.
-
-    Attributes:
-        seconds: how long it takes.
-        engines: what it needs to run.
-        ready: when it can start as far as is known: the host has enqueued it, and the operations
-            that it waits for, apart from those in ``missing``, are done.
-        missing: how many operations it waits for whose times are not known.
-        followers: the operations that wait for it.
-        spans: what its times are to be noted in when they are known.
-        end: when it is done; ``None`` until that is known.
-    """
-
-    __slots__ = ("end", "engines", "followers", "missing", "ready", "seconds", "spans")
-
-    def __init__(
-        self, seconds: float, engines: list[Engine], ready: float, spans: list[Span]
-    ) -> None:
-        self.seconds, self.engines, self.ready, self.spans = seconds, engines, ready, spans
-        self.missing = 0
-        self.followers: list[Task] = []
-        self.end: float | None = None
-
-    def wait_for(self, other: Task) -> None:
-        if other.end is None:
-            self.missing += 1
-            other.followers.append(self)
-        else:
-            self.ready = max(self.ready, other.end)
-
-    def run(self) -> None:
-        """Take the engines as soon as they are free; the times are known then."""
-        start = max(self.ready, *[engine.free_at for engine in self.engines])
-        self.end = start + self.seconds
-        for engine in self.engines:
-            engine.free_at = self.end
-        for span in self.spans:
-            span.start, span.end = start, self.end
 
 
 class _Here(threading.local):
@@ -135,9 +43,12 @@ class Clock:
         streams: for each device its streams, the default one first.
         current: for each device the stream that work is enqueued on.
         current_device: index of the device that this thread means when it names none.
-        ended: whether other virtual GPUs, with a clock of their own, took the place of these.
+        tasks: the operations whose times are not known.
+        in_use: whether it is the clock of the machine as it is now.
         has_side_streams: whether any device has more than its default stream.
         seen_by_host: how many of each stream's operations the host has waited for.
+        region: what the program says that it is doing.
+        listeners, hazard_listeners: who wants to know of each span, and of each missing wait.
     """
 
     def __init__(self, spec: Spec, device_count: int) -> None:
@@ -146,20 +57,20 @@ class Clock:
         self.streams = [[Stream(self, index, "")] for index in range(device_count)]
         self.current = [streams[0] for streams in self.streams]
         self._here = _Here()
-        self.ended = False
+        self.tasks = Tasks()
+        self.in_use = True
         self.has_side_streams = False
         self._made = [0] * device_count
         self.seen_by_host: dict[Stream, int] = {}
         self.region = ""
         self.listeners: list[Callable[[Span], None]] = []
+        self.hazard_listeners: list[Callable[[Any], None]] = []
         self._cores = [Engine() for _ in range(device_count)]
         # A link carries both directions at once; the one to the host is another than the others.
         self._senders = [Engine() for _ in range(device_count)]
         self._receivers = [Engine() for _ in range(device_count)]
         self._to_host = [Engine() for _ in range(device_count)]
         self._from_host = [Engine() for _ in range(device_count)]
-        self._ready: list[tuple[float, int, Task]] = []  # a heap of what waits for nothing
-        self._numbers = count()
 
     @property
     def current_device(self) -> int:
@@ -223,7 +134,7 @@ class Clock:
         spans = self._tell("copy", ends[0], 0.0, 0.0, 0, nbytes, route, self.region, names)
         task = self._enqueue(spec.latency + nbytes / bandwidth, engines, streams, spans)
         if not self.has_side_streams:
-            self._settle(task)
+            self.tasks.settle(task)
             for stream in streams:
                 stream.settle()
         streams[-1].wait_stream(streams[0])
@@ -244,34 +155,8 @@ class Clock:
         task = Task(seconds, engines, self.host, spans)
         for stream in streams:
             stream.put(task)
-        if not task.missing:
-            heappush(self._ready, (task.ready, next(self._numbers), task))
+        self.tasks.add(task)
         return task
-
-    def _settle(self, task: Task) -> None:
-        """Work out the times of ``task``, and of all that is ready before it."""
-        while task.end is None:
-            self._run_earliest()
-
-    def settle_what_is_ready(self) -> None:
-        """Work out the times of all that is ready by the host's clock; the rest is not done."""
-        while self._ready and self._ready[0][0] <= self.host:
-            self._run_earliest()
-
-    def _run_earliest(self) -> None:
-        _, _, task = heappop(self._ready)
-        task.run()
-        for follower in task.followers:
-            follower.missing -= 1
-            follower.ready = max(follower.ready, task.end)
-            if not follower.missing:
-                heappush(self._ready, (follower.ready, next(self._numbers), follower))
-
-    def end_of(self, tasks: list[Task]) -> float:
-        """When all ``tasks`` are done; zero if there are none."""
-        for task in tasks:
-            self._settle(task)
-        return max([task.end for task in tasks], default=0.0)
 
     def wait(self, seconds: float, stream: Stream, count: int, seen: dict[Stream, int]) -> None:
         """Make the host wait until ``seconds``, for the first ``count`` operations of ``stream``.

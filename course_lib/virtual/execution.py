@@ -37,7 +37,11 @@ def execute(operator: Operator, args: tuple, kwargs: dict) -> Any:
     for name, value in kwargs.items():
         inner_kwargs[name] = _unwrap(value, tensors, host_tensors)
     index = tensors[0].index
+    number = machine.number
     for tensor in tensors:
+        memory = tensor.allocation.memory
+        if memory.machine_number != number:
+            machine.check_made_here(memory)
         if tensor.index != index:
             raise mixed_devices(device_of(index), tensor.device)
     if host_tensors:

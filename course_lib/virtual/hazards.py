@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,10 +48,6 @@ class Hazard:
             f"Missing: a wait_stream of {second_stream} for {first_stream}, or a wait for an event "
             f"recorded after {first}. Here the values are right; on a GPU they need not be."
         )
-
-
-# Who wants to know; if nobody does, Python warns.
-listeners: list[Callable[[Hazard], None]] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +115,10 @@ def _report(tensor: torch.Tensor, first: Access, second: Access) -> None:
         first.writes,
         second.writes,
     )
+    listeners = second.stream.clock.hazard_listeners
     for listen in listeners:
         listen(hazard)
-    if not listeners:
+    if not listeners:  # nobody wants to know
         warnings.warn(str(hazard), StreamHazard, stacklevel=_depth_of_the_program())
 
 

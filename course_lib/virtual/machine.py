@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
+from typing import Any
 
 import torch
 
@@ -14,50 +16,96 @@ from course_lib.virtual.spec import CLASSROOM, DEVICE_TYPE, Spec
 MAX_DEVICES = 1024
 
 
-class Machine:
-    """All the state that the virtual GPUs have. There is one of it, :data:`machine`."""
+class State:
+    """All that the virtual GPUs of one machine are and hold at this moment.
 
-    def __init__(self) -> None:
+    Attributes:
+        number: unlike that of any other machine; what is made here carries it.
+        spec: what each of its GPUs can do.
+        device_count: how many there are.
+        backing: where their numbers are.
+        memories: one a device; devices that are gone keep theirs, for the tensors still there.
+        generators: one a device, of random numbers.
+        clock: the time, the streams, and who listens.
+    """
+
+    def __init__(self, spec: Spec, device_count: int, backing: str = "cpu") -> None:
+        self.number = next(_numbers)
+        self.backing = torch.device(backing)
         self.memories: list[Memory] = []
         self.generators: list[torch.Generator] = []
-        self.clock = Clock(CLASSROOM, 0)
-        self.configure(CLASSROOM, 0)
+        self.clock = Clock(spec, 0)
+        self.set_up(spec, device_count)
+
+    def set_up(self, spec: Spec, device_count: int) -> None:
+        """Have ``device_count`` GPUs of kind ``spec``, a clock at zero and no peak but what is
+        in use. Tensors that live on a device stay there and keep their bytes."""
+        self.spec = spec
+        self.device_count = device_count
+        for index in range(len(self.memories), device_count):
+            self.memories.append(Memory(f"{DEVICE_TYPE}:{index}", spec.memory, self.number))
+            # As if torch.manual_seed had been called after this device came to be.
+            self.generators.append(torch.Generator().manual_seed(torch.initial_seed()))
+        for memory in self.memories:
+            memory.capacity = spec.memory
+            memory.reset_peak()
+        self.clock.in_use = False
+        self.clock = Clock(spec, len(self.memories))
+
+
+_numbers = count()
+
+
+class Machine(State):
+    """The state in use. There is one machine, :data:`machine`, and its state is swapped whole."""
+
+    def __init__(self) -> None:
+        super().__init__(CLASSROOM, 0)
 
     def configure(self, spec: Spec, device_count: int, backing: str = "cpu") -> None:
         """Put ``device_count`` GPUs of kind ``spec`` into the machine, and set its clock to zero.
 
-        Tensors that live on a device stay there and keep their bytes.
+        Tensors that live on a device stay there and keep their bytes. If the numbers are to be
+        elsewhere, they are of another machine than this one and can no longer be used.
 
         Args:
             backing: where the numbers are: ``"cpu"``, ``"cuda:0"`` (on a real GPU) or ``"meta"``
                 (there are none: shapes, memory and time alone).
         """
-        self.spec = spec
-        self.device_count = device_count
-        self.backing = torch.device(backing)
-        for index in range(len(self.memories), device_count):
-            self.memories.append(Memory(f"{DEVICE_TYPE}:{index}", spec.memory))
-            # As if torch.manual_seed had been called after this device came to be.
-            self.generators.append(torch.Generator().manual_seed(torch.initial_seed()))
-        for memory in self.memories:
-            memory.capacity = spec.memory
-        self.clock.ended = True
-        # Devices that are gone keep a place, for the tensors that are still there.
-        self.clock = Clock(spec, len(self.memories))
+        if torch.device(backing) == self.backing:
+            self.set_up(spec, device_count)
+        else:
+            self._swap(vars(State(spec, device_count, backing)))
 
     @contextmanager
     def replaced(self, spec: Spec, device_count: int, backing: str = "cpu") -> Iterator[None]:
         """Put other GPUs in the machine for a while, with empty memories and a clock at zero.
 
-        Afterwards everything is as it was. Tensors made before must not be used meanwhile.
+        Afterwards everything is as it was. Tensors, streams and events made on either side are
+        refused on the other.
         """
-        before = dict(self.__dict__)
-        self.__init__()
-        self.configure(spec, device_count, backing)
+        before = self._swap(vars(State(spec, device_count, backing)))
         try:
             yield
         finally:
-            self.__dict__.update(before)
+            self._swap(before)
+
+    def _swap(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Take on the attributes of another state, and return those that there were."""
+        before = self.__dict__
+        self.clock.in_use = False
+        self.__dict__ = state
+        self.clock.in_use = True
+        return before
+
+    def check_made_here(self, memory: Memory) -> None:
+        """Raise a clear error if ``memory`` is of other virtual GPUs than those there are now."""
+        if memory.machine_number != self.number:
+            raise RuntimeError(
+                f"this tensor on {memory.device} is of other virtual GPUs than there are now: it "
+                "was made outside of this fresh_devices() block, or inside of one that has "
+                "ended, or before devices() with another backing=. Hand over its .cpu() instead."
+            )
 
     def standard_generator(self) -> torch.Generator:
         """The generator that operators use when they are given none."""

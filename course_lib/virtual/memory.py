@@ -13,14 +13,28 @@ from course_lib.virtual.streams import Ticket
 
 
 class Memory:
-    """The memory of one device: how much it has, how much is in use, and the most there was."""
+    """The memory of one device: how much it has, how much is in use, and the most there was.
 
-    def __init__(self, device: str, capacity: float) -> None:
+    Attributes:
+        machine_number: of the ``machine.State`` that it belongs to.
+    """
+
+    def __init__(self, device: str, capacity: float, machine_number: int) -> None:
         self.device = device
         self.capacity = capacity
+        self.machine_number = machine_number
         self.in_use = 0
         self.peak = 0
         self.listeners: list[Callable[[int], None]] = []
+
+    @property
+    def free(self) -> float:
+        """Bytes that are not in use; none where devices() made it smaller than what is in use."""
+        return max(0, self.capacity - self.in_use)
+
+    def reset_peak(self) -> None:
+        """Start looking for the peak anew, from what is in use now."""
+        self.peak = self.in_use
 
     def allocate(self, nbytes: int) -> Allocation:
         """Take ``nbytes``.
@@ -45,7 +59,7 @@ class Memory:
             raise torch.OutOfMemoryError(
                 f"{self.device} out of memory. Tried to allocate {format_bytes(nbytes)}. "
                 f"It has a total capacity of {format_bytes(self.capacity)}, "
-                f"of which {format_bytes(self.capacity - self.in_use)} is free "
+                f"of which {format_bytes(self.free)} is free "
                 f"and {format_bytes(self.in_use)} is in use."
             )
 

@@ -47,14 +47,15 @@ def _to_copy(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
     if device is None or device == source.device:
         return execute(operator, args, {**kwargs, "device": source.device})
     destination = target_of(device, source.index)
+    inner = _inner(source)
     if device.type == "meta":
-        return operator.run(source.inner, **kwargs)  # the shape goes, and no number
+        return operator.run(inner, **kwargs)  # the shape goes, and no number
     if destination is None:
         check_has_numbers(".to('cpu')")
-        inner = operator.run(source.inner, **{**kwargs, "device": "cpu"})
+        inner = operator.run(inner, **{**kwargs, "device": "cpu"})
         _charge_copy(source, inner, host_waits=not kwargs.get("non_blocking"))
         return inner
-    outer = wrap(operator.run(source.inner, **{**kwargs, "device": machine.backing}), destination)
+    outer = wrap(operator.run(inner, **{**kwargs, "device": machine.backing}), destination)
     _charge_copy(source, outer)
     return outer
 
@@ -75,7 +76,10 @@ def copy_(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
 
 
 def _inner(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.inner if isinstance(tensor, VirtualTensor) else tensor
+    if not isinstance(tensor, VirtualTensor):
+        return tensor
+    machine.check_made_here(tensor.allocation.memory)
+    return tensor.inner
 
 
 def _charge_copy(source: torch.Tensor, destination: torch.Tensor, host_waits: bool = True) -> None:
@@ -99,11 +103,12 @@ def _item(operator: Operator, args: tuple, kwargs: dict) -> Any:
     """``x.item()``: the host waits for the device, then reads one number."""
     check_has_numbers(".item()")
     (tensor,) = args
+    inner = _inner(tensor)
     stream = machine.clock.current[tensor.index]
     if machine.clock.has_side_streams:
         hazards.check((stream, stream.count, "item"), [tensor], [])
     stream.synchronize()
-    return operator.run(tensor.inner)
+    return operator.run(inner)
 
 
 _RESHAPING = ("t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "as_strided_")
@@ -170,7 +175,7 @@ def _dropout(operator: Operator, args: tuple, kwargs: dict) -> tuple[VirtualTens
     x, probability, training = args
     if not training or probability == 0:
         return execute(operator, args, kwargs)
-    keep = torch.empty_like(x.inner)
+    keep = torch.empty_like(_inner(x))
     keep.bernoulli_(1 - probability, generator=machine.generators[x.index])
     out = (x.inner * (keep / (1 - probability)), keep.bool())
     return finish(operator, [], {}, x.index, [x], out)

@@ -11,20 +11,31 @@ The methods have the names that ``torch.cuda.Stream`` and ``torch.cuda.Event`` g
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
 from course_lib.virtual.spec import DEVICE_TYPE
-
-if TYPE_CHECKING:
-    from course_lib.virtual.clock import Clock, Task
+from course_lib.virtual.tasks import Task, Tasks
 
 # An operation: its stream, its number on that stream, its name.
 Ticket = tuple["Stream", int, str]
 
 # As many streams as PyTorch has for each device; who asks for more gets the first ones again.
 STREAMS_A_DEVICE = 32
+
+
+class Timekeeper(Protocol):
+    """What a stream asks of the clock that it belongs to, which is a ``clock.Clock``."""
+
+    host: float
+    tasks: Tasks
+    in_use: bool
+    seen_by_host: dict[Stream, int]
+    current: list[Stream]
+    current_device: int
+
+    def wait(self, seconds: float, stream: Stream, count: int, seen: dict[Stream, int]) -> None: ...
 
 
 class Stream:
@@ -38,7 +49,7 @@ class Stream:
         seen: for other streams, how many of their operations the next one here comes after.
     """
 
-    def __init__(self, clock: Clock, device_index: int, name: str) -> None:
+    def __init__(self, clock: Timekeeper, device_index: int, name: str) -> None:
         self.clock = clock
         self.device_index = device_index
         self.name = name
@@ -61,7 +72,7 @@ class Stream:
 
     def settle(self) -> None:
         """Find out when all that is enqueued here is done."""
-        self.free_at = max(self.free_at, self.clock.end_of(self._waits_for))
+        self.free_at = max(self.free_at, self.clock.tasks.end_of(self._waits_for))
         self._waits_for = []
 
     def wait_stream(self, other: Stream) -> None:
@@ -80,6 +91,7 @@ class Stream:
 
     def synchronize(self) -> None:
         """Make the host wait for all that is enqueued here."""
+        self.check_in_use()
         self.settle()
         self.clock.wait(self.free_at, self, self.count, self.seen)
 
@@ -99,21 +111,30 @@ class Stream:
         """When all that is enqueued here is done: not before these seconds and these tasks."""
         return self.free_at, list(self._waits_for)
 
+    def check_in_use(self) -> None:
+        """Raise a clear error if its GPU is not among those that are there now."""
+        if not self.clock.in_use:
+            raise RuntimeError(
+                f"this stream, or the stream of this event, is of other virtual GPUs than those "
+                f"there are now: devices() was called after it was made, or it was made outside "
+                f"of this fresh_devices() block, or inside of one that has ended. "
+                f"Make a new one with course_lib.stream('{DEVICE_TYPE}:{self.device_index}')."
+            )
+
     def _now(self) -> Moment:
+        self.check_in_use()
         return Moment(self, self.free_at, list(self._waits_for), self.count, dict(self.seen))
 
     def _come_after(self, moment: Moment) -> None:
+        self.check_in_use()
+        moment.stream.check_in_use()
         self.free_at = max(self.free_at, moment.seconds)
         self._waits_for += [task for task in moment.tasks if task not in self._waits_for]
         remember(self.seen, moment.stream, moment.count, moment.seen)
 
     def __enter__(self) -> Stream:
         clock = self.clock
-        if clock.ended:
-            raise RuntimeError(
-                f"this stream is of virtual GPUs that are gone: devices() was called after it. "
-                f"Make a new one with course_lib.stream('{DEVICE_TYPE}:{self.device_index}')."
-            )
+        self.check_in_use()
         self._outer.append((clock.current_device, clock.current[self.device_index]))
         clock.current_device, clock.current[self.device_index] = self.device_index, self
         return self
@@ -158,12 +179,14 @@ class Moment:
 
     def settle(self) -> float:
         """The simulated seconds at which it comes."""
-        return max(self.seconds, self.stream.clock.end_of(self.tasks))
+        self.stream.check_in_use()
+        return max(self.seconds, self.stream.clock.tasks.end_of(self.tasks))
 
     def is_past(self) -> bool:
         """Whether it has come, by the host's clock."""
+        self.stream.check_in_use()
         clock = self.stream.clock
-        clock.settle_what_is_ready()
+        clock.tasks.settle_until(clock.host)
         return all(task.end is not None for task in self.tasks) and self.settle() <= clock.host
 
 

@@ -46,6 +46,7 @@ class VirtualTensor(torch.Tensor):
         return operator.handler(operator, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents: str | None = None) -> str:
+        machine.check_made_here(self.allocation.memory)
         machine.clock.current[self.index].synchronize()
         numbers = repr(self.inner).replace(f", device='{self.inner.device}'", "")
         suffix = f", device='{self.device}'"

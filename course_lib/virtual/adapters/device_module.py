@@ -71,8 +71,7 @@ class DeviceModule:
         return machine.memories[_index(device)].peak
 
     def reset_peak_memory_stats(self, device: Any = None) -> None:
-        memory = machine.memories[_index(device)]
-        memory.peak = memory.in_use
+        machine.memories[_index(device)].reset_peak()
 
     def memory_reserved(self, device: Any = None) -> int:
         return self.memory_allocated(device)  # nothing is cached
@@ -82,7 +81,7 @@ class DeviceModule:
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         memory = machine.memories[_index(device)]
-        return int(memory.capacity) - memory.in_use, int(memory.capacity)
+        return int(memory.free), int(memory.capacity)
 
     def empty_cache(self) -> None:
         """Nothing is cached."""
