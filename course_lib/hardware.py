@@ -43,7 +43,7 @@ def devices(count: int, spec: Spec | None = None, backing: str | None = None) ->
             models of any size) or ``"cuda:0"`` (on a real GPU, which they share).
 
     Raises:
-        ValueError: ``count`` is not a whole number from 1 to 1024.
+        ValueError: ``count`` is not a whole number from 1 to 128.
         RuntimeError: ``COURSE_DEVICES=cuda`` on a machine with fewer GPUs than that, or a
             ``backing`` that this machine does not have.
     """
@@ -90,8 +90,9 @@ def fresh_devices(
     """Virtual devices for a measurement that must not disturb the program's own.
 
     They are fresh, with empty memories and a clock at zero, and gone after the block; the random
-    numbers that the block draws are not missed afterwards. Exercises and explorers use them on
-    machines with real GPUs too: what they are held to is simulated.
+    numbers that the block draws are not missed afterwards. What was made outside of the block
+    (tensors, streams, events) is refused inside, and the other way round. Exercises and explorers
+    use them on machines with real GPUs too: what they are held to is simulated.
     """
     from course_lib.virtual import backend
 
@@ -126,9 +127,40 @@ def _range(kind: str, count: int) -> str:
     return f"{kind}:0" if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
 
 
-def is_virtual(device: torch.device) -> bool:
-    """Whether ``device`` is a virtual GPU."""
+def is_virtual(device: torch.device | str) -> bool:
+    """Whether ``device`` is a virtual GPU, or the name of one."""
+    if isinstance(device, str):  # PyTorch does not know the name before devices() was called
+        return device.partition(":")[0] == DEVICE_TYPE
+    if not isinstance(device, torch.device):
+        raise TypeError(f"a device is a torch.device or its name, such as 'cuda:0': {device!r}")
     return device.type == DEVICE_TYPE
+
+
+def _existing(device: torch.device | str) -> torch.device:
+    """``device`` with its index.
+
+    Raises:
+        RuntimeError: it is no GPU, or not there.
+    """
+    if is_virtual(device):
+        if isinstance(device, str):
+            machine.check_index(0)
+            device = torch.device(device)
+        index = machine.clock.current_device if device.index is None else device.index
+        machine.check_index(index)
+        return torch.device(DEVICE_TYPE, index)
+    device = torch.device(device)
+    if device.type != "cuda":
+        raise RuntimeError(f"this is for GPUs, real or virtual, and not for {str(device)!r}")
+    count = torch.cuda.device_count()
+    index = device.index
+    if index is None and count:
+        index = torch.cuda.current_device()
+    if index is None or index >= count:
+        raise RuntimeError(
+            f"{device} does not exist: this machine has {count} real GPU{'' if count == 1 else 's'}"
+        )
+    return torch.device("cuda", index)
 
 
 def holds_numbers(device: torch.device) -> bool:
@@ -136,7 +168,7 @@ def holds_numbers(device: torch.device) -> bool:
     return device.type != "meta" and not (is_virtual(device) and machine.backing.type == "meta")
 
 
-def stream(device: torch.device) -> Stream:
+def stream(device: torch.device | str) -> Stream:
     """A new side stream of ``device``: ``with course_lib.stream(gpu):`` enqueues work there.
 
     Work on different streams of a device runs at the same time if the device can do both (a copy
@@ -144,32 +176,27 @@ def stream(device: torch.device) -> Stream:
     devices is enqueued on the current streams of both. On a real GPU it is a
     ``torch.cuda.Stream``; a virtual one has the same methods.
     """
-    if is_virtual(device):
-        return machine.clock.new_stream(_virtual_index(device))
-    return torch.cuda.Stream(device)
+    gpu = _existing(device)
+    return machine.clock.new_stream(gpu.index) if is_virtual(gpu) else torch.cuda.Stream(gpu)
 
 
-def current_stream(device: torch.device) -> Stream:
+def current_stream(device: torch.device | str) -> Stream:
     """The stream of ``device`` that work is enqueued on: the default one, outside of any block."""
-    if is_virtual(device):
-        return machine.clock.current[_virtual_index(device)]
-    return torch.cuda.current_stream(device)
+    gpu = _existing(device)
+    if is_virtual(gpu):
+        return machine.clock.current[gpu.index]
+    return torch.cuda.current_stream(gpu)
 
 
-def event(device: torch.device) -> Event:
+def event(device: torch.device | str) -> Event:
     """A new event, to ``record`` on a stream of ``device`` and to ``wait`` for on any stream.
 
     On a real GPU it is a ``torch.cuda.Event`` that keeps the time.
     """
-    if is_virtual(device):
-        return virtual_streams.Event(machine.clock.streams[_virtual_index(device)][0])
+    gpu = _existing(device)
+    if is_virtual(gpu):
+        return virtual_streams.Event(machine.clock.streams[gpu.index][0])
     return torch.cuda.Event(enable_timing=True)
-
-
-def _virtual_index(device: torch.device) -> int:
-    index = device.index or 0
-    machine.check_index(index)
-    return index
 
 
 def synchronize() -> None:
@@ -184,23 +211,27 @@ def host_seconds() -> float:
     return machine.clock.host if machine.device_count else time.perf_counter()
 
 
-def memory_in_use(device: torch.device) -> int:
+def memory_in_use(device: torch.device | str) -> int:
     """Bytes that tensors on ``device`` hold at this moment."""
-    return torch.get_device_module(device).memory_allocated(device)
+    gpu = _existing(device)
+    return torch.get_device_module(gpu).memory_allocated(gpu)
 
 
-def peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device | str) -> int:
     """The most bytes in use on ``device`` since the last :func:`reset_peak_memory`."""
-    return torch.get_device_module(device).max_memory_allocated(device)
+    gpu = _existing(device)
+    return torch.get_device_module(gpu).max_memory_allocated(gpu)
 
 
-def reset_peak_memory(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device | str) -> None:
     """Start measuring :func:`peak_memory` anew, from what is in use now."""
-    torch.get_device_module(device).reset_peak_memory_stats(device)
+    gpu = _existing(device)
+    torch.get_device_module(gpu).reset_peak_memory_stats(gpu)
 
 
-def memory_capacity(device: torch.device) -> int:
+def memory_capacity(device: torch.device | str) -> int:
     """Bytes of memory that ``device`` has."""
-    if is_virtual(device):
+    gpu = _existing(device)
+    if is_virtual(gpu):
         return int(machine.spec.memory)
-    return torch.cuda.get_device_properties(device).total_memory
+    return torch.cuda.get_device_properties(gpu).total_memory

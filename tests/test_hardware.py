@@ -11,6 +11,7 @@ import torch
 
 import course_lib
 from course_lib import A100, CLASSROOM, H100, H200, LAPTOP, Spec
+from course_lib.hardware import fresh_devices
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
@@ -45,11 +46,9 @@ def test_the_line_names_the_kind_that_was_asked_for(capsys: pytest.CaptureFixtur
     assert course_lib.memory_capacity(device) == 8e9
 
 
-@pytest.mark.parametrize("count", [0, -1, 1025, "4", 2.0, True, None, [1]])
+@pytest.mark.parametrize("count", [0, -1, 129, 300, "4", 2.0, True, None, [1]])
 def test_a_count_that_is_none_is_refused(count: object):
-    with pytest.raises(
-        ValueError, match=r"^devices\(count\) takes a whole number from 1 to 1024: "
-    ):
+    with pytest.raises(ValueError, match=r"^devices\(count\) takes a whole number from 1 to 128: "):
         course_lib.devices(count)
 
 
@@ -96,6 +95,12 @@ def test_enough_real_gpus_are_used(
 def test_virtual_gpus_can_be_forced(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert course_lib.devices(2)[0].type == "vgpu"
+
+
+def test_the_last_device_of_the_largest_machine_is_itself():
+    devices = course_lib.devices(128)
+    assert len(set(devices)) == 128
+    assert torch.ones(1, device=devices[127]).device == devices[127]
 
 
 def test_asking_again_sets_the_clock_to_zero():
@@ -221,3 +226,139 @@ def test_a_spec_that_is_none_is_refused_and_leaves_the_devices_alone(vgpus):
 def test_devices_inside_a_trace_are_refused(vgpus):
     with course_lib.trace(), pytest.raises(RuntimeError, match="before trace"):
         course_lib.devices(2)
+
+
+# A device by its name, and devices that are not there.
+
+QUESTIONS = [
+    course_lib.stream,
+    course_lib.current_stream,
+    course_lib.event,
+    course_lib.memory_in_use,
+    course_lib.peak_memory,
+    course_lib.reset_peak_memory,
+    course_lib.memory_capacity,
+]
+
+
+def test_a_device_may_be_given_by_its_name(vgpus):
+    held = torch.ones(250, device=vgpus[1])
+    del held
+    kept = torch.ones(100, device=vgpus[1])
+    assert course_lib.is_virtual("vgpu:1") and course_lib.is_virtual("vgpu")
+    assert not course_lib.is_virtual("cuda:0") and not course_lib.is_virtual("cpu")
+    assert course_lib.stream("vgpu:1").device == vgpus[1]
+    assert course_lib.current_stream("vgpu:1") is course_lib.current_stream(vgpus[1])
+    assert course_lib.memory_in_use("vgpu:1") == kept.nbytes
+    assert course_lib.peak_memory("vgpu:1") == 1000
+    course_lib.reset_peak_memory("vgpu:1")
+    assert course_lib.peak_memory("vgpu:1") == kept.nbytes
+    assert course_lib.memory_capacity("vgpu:1") == CLASSROOM.memory
+    with course_lib.stream("vgpu:1"):
+        moment = course_lib.event("vgpu:1")
+        moment.record()
+        assert course_lib.current_stream("vgpu").device == vgpus[1]  # the current device
+    moment.synchronize()
+    assert moment.query()
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.__name__)
+def test_a_device_that_is_not_there_is_named(question, vgpus):
+    for device in ("vgpu:4", torch.device("vgpu", 4)):
+        with pytest.raises(RuntimeError, match=r"^vgpu:4 does not exist: this machine has 4 virt"):
+            question(device)
+    with pytest.raises(RuntimeError, match=r"^this is for GPUs, real or virtual, and not for 'cpu'"):
+        question("cpu")
+    with pytest.raises(TypeError, match=r"^a device is a torch.device or its name"):
+        question(3)
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.__name__)
+def test_a_real_gpu_that_is_not_there_is_named(question, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RuntimeError) as caught:
+        question("cuda:1")
+    assert str(caught.value) == "cuda:1 does not exist: this machine has 1 real GPU"
+
+
+def test_before_there_are_devices_a_name_says_what_to_call():
+    said = run_python(
+        "import course_lib\n"
+        "print(course_lib.is_virtual('vgpu:0'))\n"
+        "try: course_lib.stream('vgpu:0')\n"
+        "except RuntimeError as error: print(error)"
+    )
+    assert said == "True\nthere are no virtual GPUs yet: call course_lib.devices(4) first\n"
+
+
+# Other devices for a while.
+
+
+def test_what_is_made_elsewhere_is_refused_in_one_line(vgpus):
+    outside = torch.ones(3, 3, device=vgpus[3])
+    mine = course_lib.stream(vgpus[0])
+    moment = mine.record_event()
+    uses = [
+        lambda: outside + 1,
+        lambda: torch.ones(3, 3, device="vgpu:0") @ outside,
+        lambda: outside.cpu(),
+        lambda: outside.to("vgpu:0"),
+        lambda: outside[0, 0].item(),
+        lambda: repr(outside),
+        lambda: torch.ones(3, 3, device="vgpu:0").copy_(outside),
+        lambda: torch.nn.functional.dropout(outside, 0.5),
+    ]
+    with fresh_devices(1):
+        for use in uses:
+            with pytest.raises(RuntimeError, match=r"^this tensor on vgpu:3 is of other virtual GP"):
+                use()
+        inside = torch.ones(3, 3, device="vgpu:0")
+        stream = course_lib.stream("vgpu:0")
+        for use in (mine.__enter__, mine.synchronize, mine.query, moment.synchronize):
+            with pytest.raises(RuntimeError, match=r"^this stream, or the stream of this event, is"):
+                use()
+        with pytest.raises(RuntimeError, match="is of other virtual GPUs"):
+            stream.wait_event(moment)
+    for use in (lambda: inside + 1, lambda: outside.to(vgpus[0]) + inside, inside.cpu):
+        with pytest.raises(RuntimeError, match=r"^this tensor on vgpu:0 is of other virtual GPUs"):
+            use()
+    with pytest.raises(RuntimeError, match="is of other virtual GPUs"), stream:
+        pass
+    assert (outside + 1).sum().item() == 18
+    with mine:
+        moment.synchronize()
+
+
+def test_fresh_devices_have_a_clock_memories_and_dice_of_their_own(vgpus):
+    held = torch.ones(1000, device=vgpus[0])
+    time, peak = course_lib.host_seconds(), course_lib.peak_memory(vgpus[0])
+    state = torch.vgpu.get_rng_state(0)
+    with fresh_devices(2):
+        assert (course_lib.host_seconds(), course_lib.memory_in_use("vgpu:0")) == (0, 0)
+        torch.randn(5000, device="vgpu:0") + 1
+    assert course_lib.host_seconds() == time
+    assert course_lib.memory_in_use(vgpus[0]) == held.nbytes
+    assert course_lib.peak_memory(vgpus[0]) == peak
+    assert torch.vgpu.get_rng_state(0).equal(state)
+
+
+def test_missing_waits_inside_fresh_devices_are_not_told_to_a_trace_outside(vgpus):
+    def forget_a_wait() -> None:
+        with course_lib.stream("vgpu:0"):
+            x = torch.ones(1000, device="vgpu:0") * 2
+        x + 1
+
+    with course_lib.trace() as outside:
+        with fresh_devices(1), course_lib.trace() as inside:
+            forget_a_wait()
+        with fresh_devices(1), pytest.warns(course_lib.StreamHazard):
+            forget_a_wait()  # nobody listens there: Python warns
+    assert len(inside.hazards) == 1
+    assert (outside.hazards, outside.spans) == ([], [])
+
+
+def test_devices_with_their_numbers_elsewhere_are_others(vgpus):
+    held = torch.ones(3, device=vgpus[0])
+    gpu = course_lib.devices(1, backing="meta")[0]
+    with pytest.raises(RuntimeError, match="or before devices\\(\\) with another backing="):
+        held + torch.ones(3, device=gpu)

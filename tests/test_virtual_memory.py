@@ -249,6 +249,23 @@ def test_garbage_in_cycles_is_collected_before_giving_up():
         gc.enable()
 
 
+def test_asking_for_devices_again_forgets_the_peak(vgpus: Devices):
+    held = torch.ones(1000, device=vgpus[0])
+    torch.ones(5000, device=vgpus[0])
+    assert course_lib.peak_memory(vgpus[0]) == 24_000
+    course_lib.devices(2)
+    assert course_lib.peak_memory(vgpus[0]) == held.nbytes
+
+
+def test_a_gpu_smaller_than_what_it_holds_has_nothing_free(vgpus: Devices):
+    held = torch.ones(1_000_000, device=vgpus[0])
+    course_lib.devices(2, course_lib.CLASSROOM.with_(memory=1e6))
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        held + 1
+    assert str(caught.value).endswith("of which 0 B is free and 4.00 MB is in use.")
+    assert torch.vgpu.mem_get_info(0) == (0, 1_000_000)
+
+
 def test_less_memory_can_be_asked_for():
     small = course_lib.devices(1, course_lib.CLASSROOM.with_(memory=1000))[0]
     assert course_lib.memory_capacity(small) == 1000

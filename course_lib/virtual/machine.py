@@ -13,7 +13,7 @@ from course_lib.virtual.clock import Clock
 from course_lib.virtual.memory import Memory
 from course_lib.virtual.spec import CLASSROOM, DEVICE_TYPE, Spec
 
-MAX_DEVICES = 1024
+MAX_DEVICES = 128  # PyTorch keeps a device's index in 8 bits, and -1 means none
 
 
 class State:
@@ -123,7 +123,7 @@ class Machine(State):
         raise RuntimeError(
             f"{DEVICE_TYPE}:{index} does not exist: this machine has {self.device_count} virtual "
             f"GPU{'s' if self.device_count > 1 else ''}, the last of them {last}. "
-            f"course_lib.devices({index + 1}) gives you more."
+            f"course_lib.devices(count) gives you up to {MAX_DEVICES}."
         )
 
     def synchronize(self) -> None:
