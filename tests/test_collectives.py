@@ -16,6 +16,7 @@ from course_lib.parallel.collectives import (
     ring_all_reduce,
     tree_all_reduce,
 )
+from course_lib.parallel.regions import gather_sequence
 from round_numbers import LATENCY, SPEC, seconds
 
 COUNTS = [1, 2, 3, 4, 8]
@@ -284,3 +285,18 @@ def test_tensors_on_one_device_go_round_a_ring_over_no_link() -> None:
             collective(tensors)
         assert [tensor.tolist() for tensor in tensors] == [[3.0] * 5] * 3
         assert t.bytes_between_devices == 0
+
+
+def test_a_gather_that_would_lose_gradients_is_refused_and_names_the_one_that_does_not() -> None:
+    gpus = devices(3)
+    leaves = [torch.full((2, 3), float(rank), device=gpu) for rank, gpu in enumerate(gpus)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    shards = [2 * leaf for leaf in leaves]
+    with pytest.raises(RuntimeError, match=r"use regions\.gather_sequence, or detach them"):
+        all_gather(shards)
+    with torch.no_grad():
+        assert len(all_gather(shards)) == 3
+    torch.autograd.backward([whole.square().sum() for whole in gather_sequence(shards)])
+    for leaf in leaves:  # each is in three wholes
+        assert torch.allclose(leaf.grad, 3 * 2 * 2 * 2 * leaf.detach())

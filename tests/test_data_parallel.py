@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from course_lib.parallel.data_parallel import (
     split_batch,
 )
 from course_lib.parallel.gradient_buckets import GradientBuckets
-from course_lib.parallel.proof import largest_difference
+from course_lib.parallel.proof import difference, largest_difference
+from course_lib.parallel.seeds import seed_ranks
 
 
 def train(model, count: int, batches, loss_function=F.cross_entropy) -> list:
@@ -78,6 +80,92 @@ def test_a_frozen_layer_neither_learns_nor_travels() -> None:
     assert largest_difference(replicas[0], train_plainly(model, batches)) < 1e-6
     learning = parameter_count(model[2])
     assert t.bytes_between_devices == collectives.all_reduce_bytes(2, 4 * learning)
+
+
+def test_replicas_learn_what_the_model_learns() -> None:
+    model = MLP(4, 3, 2)
+    model[0].requires_grad_(False)
+    for replica in data_parallel.replicate(model, devices(2)):
+        assert [p.requires_grad for p in replica.parameters()] == [False, False, True, True]
+
+
+def test_devices_may_be_strings() -> None:
+    devices(2)
+    names = ["vgpu:0", "vgpu:1"]
+    replicas = replicate(MLP(4, 2), names)
+    shards = split_batch(torch.ones(4, 4), names)
+    backward_on_shards(replicas, shards, split_batch(torch.ones(4, 2), names), nn.MSELoss())
+    all_reduce_gradients(replicas)
+    seed_ranks(3, names)
+    assert [str(p.grad.device) for r in replicas for p in r.parameters()] == [
+        name for name in names for _ in range(2)
+    ]
+
+
+@pytest.mark.parametrize("others", ["the model's", "another replica's"])
+def test_an_optimizer_of_other_parameters_is_refused_and_nothing_moves(others: str) -> None:
+    model = MLP(4, 2)
+    replicas = replicate(model, devices(2))
+    foreign = {"the model's": model, "another replica's": replicas[0]}[others]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (replicas[0], foreign)]
+    with pytest.raises(ValueError, match="optimizer 1 has parameters that are not replica 1's"):
+        data_parallel.train_step(
+            replicas, optimizers, [torch.ones(1, 4)] * 2, [torch.ones(1, 2)] * 2, nn.MSELoss()
+        )
+    assert largest_difference(model, replicas[0]) == 0
+
+
+def test_an_optimizer_of_some_of_a_replicas_parameters_is_taken() -> None:
+    gpus = devices(2)
+    replicas = replicate(MLP(4, 3, 2), gpus)
+    optimizers = [torch.optim.SGD(replica[2].parameters(), lr=0.1) for replica in replicas]
+    xs, ys = (split_batch(torch.ones(4, n), gpus) for n in (4, 2))
+    data_parallel.train_step(replicas, optimizers, xs, ys, nn.MSELoss())
+    assert largest_difference(*replicas) == 0
+
+
+def test_replicas_of_different_models_are_refused_in_one_line() -> None:
+    gpus = devices(2)
+    unlike = [MLP(4, 2).to(gpus[0]), MLP(4, 2, 2).to(gpus[1])]
+    for use in (all_reduce_gradients, lambda replicas: GradientBuckets(replicas, 1)):
+        with pytest.raises(ValueError, match="replica 1 has other parameters than replica 0"):
+            use(unlike)
+
+
+def test_a_shard_may_be_a_dictionary_where_its_targets_are_a_tensor() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, batch: dict) -> torch.Tensor:
+            return self.layer(batch["x"]) * batch["scale"]
+
+    torch.manual_seed(0)
+    gpus, model = devices(2), Reads()
+    x, scale, y = torch.randn(5, 4), torch.randn(5, 1), torch.randint(2, (5,))
+    replicas = replicate(model, gpus)
+    shards = zip(split_batch(x, gpus), split_batch(scale, gpus), strict=True)
+    inputs = [{"x": part, "scale": factor} for part, factor in shards]
+    backward_on_shards(replicas, inputs, split_batch(y, gpus), F.cross_entropy)
+    all_reduce_gradients(replicas)
+    F.cross_entropy(model({"x": x, "scale": scale}), y).backward()
+    assert torch.allclose(replicas[1].layer.weight.grad.cpu(), model.layer.weight.grad, atol=1e-6)
+
+
+def test_dropout_of_seeded_ranks_differs_and_can_be_repeated() -> None:
+    gpus = devices(4)
+
+    def drawn() -> list[tuple]:
+        return [tuple(F.dropout(torch.ones(32, device=gpu)).tolist()) for gpu in gpus]
+
+    torch.manual_seed(0)
+    assert len(set(drawn())) == 1, "one seed for all: replicas drop the same places"
+    seed_ranks(0, gpus)
+    first = drawn()
+    assert len(set(first)) == 4
+    seed_ranks(0, gpus)
+    assert drawn() == first
 
 
 def test_accumulated_pieces_make_the_gradient_of_the_whole() -> None:
@@ -156,8 +244,40 @@ def test_backward_names_the_counts_that_do_not_match() -> None:
 
 
 def test_models_of_different_shapes_cannot_be_compared() -> None:
-    with pytest.raises(ValueError, match="different parameters"):
-        largest_difference(MLP(4, 2), MLP(4, 3))
+    for other in (MLP(4, 3), MLP(4, 2, 2)):
+        with pytest.raises(ValueError, match="different parameters and cannot be compared"):
+            largest_difference(MLP(4, 2), other)
+
+
+def test_the_proof_says_where_two_models_differ_most() -> None:
+    one, other = MLP(4, 3, 2), MLP(4, 3, 2)
+    other.load_state_dict(one.state_dict())
+    assert difference(one, other) == ("0.weight", 0.0)
+    other[2].bias.data[1] += 0.5
+    other[0].weight.data[2, 1] += 0.25
+    name, largest = difference(one, other)
+    assert (name, largest) == ("2.bias", pytest.approx(0.5))
+    other[0].bias.data[0] = float("nan")
+    assert difference(one, other).name == "0.bias"
+    assert difference(nn.ReLU(), nn.ReLU()) == ("", 0.0)
+
+
+def test_the_proof_compares_buffers() -> None:
+    one = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    other = copy.deepcopy(one)
+    one(torch.randn(8, 4))
+    assert difference(one, other).name == "1.num_batches_tracked"
+    other[1].num_batches_tracked += 1
+    name, largest = difference(one, other)
+    assert name in ("1.running_mean", "1.running_var")
+    assert largest > 0
+
+
+def test_batch_norms_of_replicas_drift_apart_and_the_proof_sees_it() -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+    replicas = train(model, 2, image_batches(8, 8))
+    assert difference(*replicas).name.startswith("1.running")
 
 
 def test_a_model_with_a_nan_is_not_equal_to_one_without() -> None:
@@ -367,6 +487,130 @@ def test_a_second_backward_pass_before_finish_is_refused_and_the_next_step_is_ri
     backward(replicas, batch)
     buckets.finish()
     assert_same_gradients(replicas, reduced_after_backward(model, gpus, batch))
+
+
+@pytest.mark.parametrize("cleared", ["not at all", "to None", "to zero"])
+@pytest.mark.parametrize("sizes", [(8, 8), (8, 1), (8, 5, 2)], ids=str)
+def test_what_was_reduced_is_not_reduced_again(cleared: str, sizes) -> None:
+    """finish() after each of several pieces adds up to the gradient of all, unless cleared."""
+    gpus = devices(3)
+    torch.manual_seed(1)
+    model, batches = MLP(64, 32, 10), image_batches(*sizes)
+    replicas, others = replicate(model, gpus), replicate(model, gpus)
+    buckets = GradientBuckets(replicas, 1000)
+    with trace(strict=True):
+        for batch in batches:
+            if cleared != "not at all":
+                for replica in replicas:
+                    replica.zero_grad(set_to_none=cleared == "to None")
+            backward(replicas, batch)
+            buckets.finish()
+    for batch in batches if cleared == "not at all" else batches[-1:]:
+        backward(others, batch)
+    all_reduce_gradients(others)
+    assert_same_gradients(replicas, others)
+
+
+def test_pieces_may_be_reduced_one_by_one_or_several_at_once() -> None:
+    gpus = devices(2)
+    torch.manual_seed(1)
+    model, batches = MLP(64, 32, 10), image_batches(8, 6, 4, 2)
+    replicas, others = replicate(model, gpus), replicate(model, gpus)
+    buckets = GradientBuckets(replicas, 1000)
+    for batch in batches:
+        with buckets.accumulate() if len(batch[0]) == 6 else nullcontext():
+            backward(replicas, batch)
+        if len(batch[0]) != 6:
+            buckets.finish()
+        backward(others, batch)
+    all_reduce_gradients(others)
+    assert_same_gradients(replicas, others)
+
+
+def test_a_layer_unfrozen_after_the_buckets_were_made_is_refused() -> None:
+    gpus = devices(2)
+    model, (batch,) = MLP(64, 32, 10), image_batches(4)
+    model[0].requires_grad_(False)
+    replicas = replicate(model, gpus)
+    buckets = GradientBuckets(replicas, 1000)
+    replicas[1][0].requires_grad_(True)
+    backward(replicas, batch)
+    with pytest.raises(RuntimeError, match="make new GradientBuckets after unfreezing"):
+        buckets.finish()
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 3000, 1e9])
+@pytest.mark.parametrize("done", [1, 2])
+@pytest.mark.parametrize("how", ["set_to_none", "reset"])
+def test_a_dropped_step_leaves_nothing_in_the_next_one(bucket_bytes, done: int, how: str) -> None:
+    """So many of three replicas, or all, had done their backward pass when it was interrupted."""
+    gpus = devices(3)
+    torch.manual_seed(1)
+    model, (dropped, batch) = MLP(64, 32, 10), image_batches(9, 6)
+    replicas = replicate(model, gpus)
+    buckets = GradientBuckets(replicas, bucket_bytes)
+    with trace(strict=True):
+        backward(replicas[:done], [part[: 3 * done] for part in dropped])
+        if how == "reset":
+            buckets.reset()
+            assert all(p.grad is None for replica in replicas for p in replica.parameters())
+        for replica in replicas:
+            replica.zero_grad(set_to_none=True)
+        backward(replicas, batch)
+        buckets.finish()
+    assert_same_gradients(replicas, reduced_after_backward(model, gpus, batch))
+
+
+def test_a_step_that_is_dropped_before_finish_leaves_nothing_either() -> None:
+    gpus = devices(2)
+    torch.manual_seed(1)
+    model, (dropped, batch) = MLP(64, 32, 10), image_batches(9, 6)
+    replicas = replicate(model, gpus)
+    buckets = GradientBuckets(replicas, 3000)
+    with trace(strict=True):
+        backward(replicas, dropped)
+        for replica in replicas:
+            replica.zero_grad(set_to_none=True)
+        backward(replicas, batch)
+        buckets.finish()
+    assert_same_gradients(replicas, reduced_after_backward(model, gpus, batch))
+
+
+def test_a_dropped_step_whose_gradients_are_zeroed_in_place_needs_reset() -> None:
+    gpus = devices(2)
+    torch.manual_seed(1)
+    model, (batch,) = MLP(64, 32, 10), image_batches(6)
+    replicas = replicate(model, gpus)
+    buckets = GradientBuckets(replicas, 3000)
+    backward(replicas[:1], batch)
+    for replica in replicas:
+        replica.zero_grad(set_to_none=False)
+    with pytest.raises(RuntimeError, match=r"reset\(\) to drop a step that was interrupted"):
+        backward(replicas, batch)
+    buckets.reset()
+    backward(replicas, batch)
+    buckets.finish()
+    assert_same_gradients(replicas, reduced_after_backward(model, gpus, batch))
+
+
+def test_a_block_of_accumulate_inside_another_changes_nothing() -> None:
+    gpus = devices(2)
+    torch.manual_seed(1)
+    model, batches = MLP(64, 32, 10), image_batches(4, 4, 4)
+    replicas, others = replicate(model, gpus), replicate(model, gpus)
+    buckets = GradientBuckets(replicas, 1)
+    with buckets.accumulate():
+        with buckets.accumulate():
+            backward(replicas, batches[0])
+        with trace() as t:
+            backward(replicas, batches[1])
+    assert t.bytes_between_devices == 0
+    backward(replicas, batches[2])
+    buckets.finish()
+    for batch in batches:
+        backward(others, batch)
+    all_reduce_gradients(others)
+    assert_same_gradients(replicas, others)
 
 
 def test_finish_without_a_backward_pass_does_nothing() -> None:

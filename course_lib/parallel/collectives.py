@@ -6,6 +6,10 @@ a device are taken as well: what moves between them crosses no link. PyTorch's o
 
 All of them run on the current streams of the devices: they start when those are ready, and what is
 enqueued there afterwards finds them done.
+
+They add in the dtype of the tensors. In bfloat16 a ring of N rounds N - 1 times, and the error of
+the sum grows with N; what must be summed more finely is cast to float32 before, at twice the
+bytes (``reduce_dtype`` in PyTorch's FSDP and in :mod:`course_lib.parallel.sharded_data_parallel`).
 """
 
 from __future__ import annotations
@@ -122,17 +126,26 @@ def all_gather(shards: Iterable[Tensor]) -> list[Tensor]:
     Every device sends and receives (N - 1) / N times the bytes of the whole.
     ``torch.distributed.all_gather_single`` does this between processes.
 
+    No gradient finds its way back through it;
+    :func:`course_lib.parallel.regions.gather_sequence` gathers with one.
+
     Args:
         shards: one a device, contiguous, of one dtype and of shapes that differ at most in
             dimension 0.
 
     Raises:
+        RuntimeError: a shard is part of a graph of autograd.
         TypeError: something among them is no tensor.
         ValueError: there are none, one stands there twice, one is not contiguous, or their shapes
             or dtypes do not fit.
     """
     shards = matching(shards, first_dimension=False)
     _require_contiguous(shards)
+    if torch.is_grad_enabled() and any(shard.requires_grad for shard in shards):
+        raise RuntimeError(
+            "all_gather brings no gradients back to its shards: use regions.gather_sequence, or "
+            "detach them"
+        )
     sizes = [len(shard) for shard in shards]
     shape = (sum(sizes), *shards[0].shape[1:])
     tensors = [torch.empty(shape, dtype=s.dtype, device=s.device) for s in shards]

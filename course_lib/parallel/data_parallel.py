@@ -17,8 +17,14 @@ from course_lib.parallel.counting import CountedShards, counts_of, part_of_mean,
 from course_lib.parallel.kinds import Devices, Loss
 
 
-def replicate(model: nn.Module, devices: list[torch.device]) -> list[nn.Module]:
-    """One copy of ``model`` on each device, without gradients; ``model`` itself stays as it is."""
+def replicate(model: nn.Module, devices: Devices) -> list[nn.Module]:
+    """One copy of ``model`` on each device, without gradients; ``model`` itself stays as it is.
+
+    What a layer keeps or draws by itself is each replica's own. BatchNorm takes its statistics
+    from a shard and not from the batch, so that it is another training, and its running mean
+    differs from replica to replica (PyTorch has ``SyncBatchNorm``). Dropout would drop the same
+    places on all: call :func:`course_lib.parallel.seeds.seed_ranks`.
+    """
     replicas = []
     for device in devices:
         replica = copy.deepcopy(model)
@@ -91,14 +97,37 @@ def all_reduce_gradients(replicas: list[nn.Module]) -> None:
 
     A parameter without a gradient on any replica (a frozen one) is left alone. A replica that
     has none while others do, because its shard was empty, takes part with zeros.
+
+    Call it once a step, after the last backward pass: what was summed already would be summed once
+    more.
+
+    Raises:
+        ValueError: the replicas have different parameters.
     """
-    for parameters in zip(*(replica.parameters() for replica in replicas), strict=True):
+    for parameters in parameter_copies(replicas):
         if all(parameter.grad is None for parameter in parameters):
             continue
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         all_reduce([parameter.grad for parameter in parameters])
+
+
+def parameter_copies(replicas: list[nn.Module]) -> list[tuple[nn.Parameter, ...]]:
+    """For each parameter of the model its copies, one a replica.
+
+    Raises:
+        ValueError: the replicas have different parameters.
+    """
+    named = [dict(replica.named_parameters()) for replica in replicas]
+    shapes = [{name: each.shape for name, each in copies.items()} for copies in named]
+    for rank, theirs in enumerate(shapes):
+        if theirs != shapes[0]:
+            raise ValueError(
+                f"replica {rank} has other parameters than replica 0: make all from one model, "
+                "with replicate()"
+            )
+    return list(zip(*(copies.values() for copies in named), strict=True))
 
 
 def train_step(
@@ -111,9 +140,12 @@ def train_step(
     """One step of data-parallel training; returns each shard's part of the mean loss.
 
     Raises:
-        ValueError: there is not one optimizer and one shard of each for every replica.
+        ValueError: there is not one optimizer and one shard of each for every replica, or an
+            optimizer has parameters that are not its replica's.
     """
     _require_one_a_replica(replicas, optimizers=optimizers, inputs=inputs, targets=targets)
+    for rank, (replica, optimizer) in enumerate(zip(replicas, optimizers, strict=True)):
+        _require_own_parameters(rank, replica, optimizer)
     for optimizer in optimizers:
         optimizer.zero_grad()
     losses = backward_on_shards(replicas, inputs, targets, loss_function)
@@ -121,6 +153,17 @@ def train_step(
     for optimizer in optimizers:
         optimizer.step()
     return losses
+
+
+def _require_own_parameters(
+    rank: int, replica: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    own = set(replica.parameters())
+    if any(each not in own for group in optimizer.param_groups for each in group["params"]):
+        raise ValueError(
+            f"optimizer {rank} has parameters that are not replica {rank}'s: make the optimizers "
+            "after replicate(), each from its replica's parameters()"
+        )
 
 
 def _require_one_a_replica(replicas: list[nn.Module], **lists: list) -> None:
