@@ -51,18 +51,20 @@ class GradientBuckets:
         self._sides = SideStreams(self.devices)
         self._is_on = self._is_finished = True
         for number, bucket in enumerate(self.buckets):
-            for rank, parameters in enumerate(bucket.views):
-                for parameter in parameters:
-                    self._add_hooks(parameter, number, rank)
+            for index, copies in enumerate(bucket.group):
+                for rank, parameter in enumerate(copies):
+                    self._add_hooks(parameter, number, index, rank)
 
-    def _add_hooks(self, parameter: nn.Parameter, number: int, rank: int) -> None:
-        # Parameters must not keep alive the buckets, which hold the parameters.
-        myself, itself = weakref.ref(self), weakref.ref(parameter)
+    def _add_hooks(self, parameter: nn.Parameter, number: int, index: int, rank: int) -> None:
+        # Parameters must not keep alive the buckets, which hold the parameters; nor may the hooks
+        # refer to parameters, since those that something refers to cannot move.
+        myself = weakref.ref(self)
 
         def before_it_is_added(gradient: Tensor) -> None:
-            buckets, parameter = myself(), itself()
-            if buckets is not None and parameter is not None:
-                buckets.buckets[number].keep_once(rank, parameter)
+            buckets = myself()
+            if buckets is not None:
+                bucket = buckets.buckets[number]
+                bucket.keep_once(rank, bucket.group[index][rank])
 
         def when_it_is_complete(parameter: Tensor) -> None:
             buckets = myself()
