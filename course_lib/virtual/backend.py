@@ -22,6 +22,7 @@ from course_lib.virtual.adapters import (
     autocast,
     compiler,
     data_attribute,
+    gradients,
     interrupt,
     modules,
     recurrent,
@@ -80,6 +81,7 @@ def register() -> list[torch.library.Library]:
     compiler.prepare()
     storages.prepare()
     data_attribute.prepare()
+    gradients.prepare()
     _prepare_backward()
     interrupt.install()
     library = torch.library.Library("aten", "IMPL")
@@ -101,10 +103,11 @@ def _prepare_backward() -> None:
     """
     run_backward = torch.autograd._engine_run_backward
 
-    def run_on_this_thread(*args: Any, **kwargs: Any) -> Any:
+    def run_on_this_thread(outputs: tuple, given: tuple, *args: Any, **kwargs: Any) -> Any:
         torch._C._set_multithreading_enabled(False)
+        given = gradients.check_roots(outputs, given)
         try:
-            return run_backward(*args, **kwargs)
+            return run_backward(outputs, given, *args, **kwargs)
         except SystemError:  # the engine failed, and its error was taken out
             if interrupt.failure.error is None:
                 raise

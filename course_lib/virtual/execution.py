@@ -45,7 +45,7 @@ def execute(operator: Operator, args: tuple, kwargs: dict) -> Any:
         if tensor.index != index:
             raise mixed_devices(device_of(index), tensor.device)
     if host_tensors:
-        _check_host_tensors(operator, index, host_tensors)
+        _check_host_tensors(operator, index, host_tensors, inner_args, inner_kwargs)
     if "device" in kwargs:
         index = target_of(kwargs["device"], index)
         inner_kwargs["device"] = machine.backing if index is not None else kwargs["device"]
@@ -111,6 +111,12 @@ def _written_in_place(
     """Those of ``inputs`` that the operator changes."""
     if operator.writes == [0] and isinstance(inner_args[0], torch.Tensor):
         return [inputs[0]]
+    changed = _written_ids(operator, inner_args, inner_kwargs)
+    return [tensor for tensor in inputs if id(tensor.inner) in changed]
+
+
+def _written_ids(operator: Operator, inner_args: list, inner_kwargs: dict) -> set[int]:
+    """The ``id`` of every tensor among the arguments that the operator changes."""
     changed = set()
     for place in operator.writes:
         if isinstance(place, str):
@@ -119,7 +125,7 @@ def _written_in_place(
             value = inner_args[place] if place < len(inner_args) else None
         values = value if isinstance(value, (list, tuple)) else [value]
         changed.update(id(tensor) for tensor in values)
-    return [tensor for tensor in inputs if id(tensor.inner) in changed]
+    return changed
 
 
 def check_has_numbers(name: str) -> None:
@@ -162,10 +168,22 @@ def _unwrap(value: Any, tensors: list[VirtualTensor], host_tensors: list[torch.T
 _PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.memory_format}
 
 
-def _check_host_tensors(operator: Operator, index: int, host_tensors: list[torch.Tensor]) -> None:
-    """Numbers and indices on the CPU may join the tensors of a device, as on CUDA."""
+def _check_host_tensors(
+    operator: Operator,
+    index: int,
+    host_tensors: list[torch.Tensor],
+    inner_args: list,
+    inner_kwargs: dict,
+) -> None:
+    """Numbers and indices on the CPU may be read beside tensors of a device, as on CUDA."""
+    allowed = set()
+    if operator.takes_host_indices:
+        allowed.update(id(each) for each in inner_args[1])
+    if operator.takes_host_scalars or operator.takes_host_indices:
+        allowed.update(id(each) for each in host_tensors if each.dim() == 0)
+    allowed -= _written_ids(operator, inner_args, inner_kwargs)
     for tensor in host_tensors:
-        if tensor.dim() > 0 and not operator.takes_host_indices:
+        if id(tensor) not in allowed:
             raise mixed_devices(device_of(index), tensor.device)
 
 

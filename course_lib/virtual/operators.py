@@ -37,6 +37,11 @@ def runs_all_others(handler: Handler) -> Handler:
     return handler
 
 
+def _decompose(operator: Operator, args: tuple, kwargs: dict) -> Any:
+    """Run an operator as those that it is made of: under ``inference_mode`` nobody else does."""
+    return operator.func.decompose(*args, **kwargs)
+
+
 class Operator:
     """One operator: how to run it, and what it does to its arguments."""
 
@@ -45,7 +50,10 @@ class Operator:
         returned = [str(value.type) for value in schema.returns]
         # What calling ``func`` calls in the end, without the detour.
         self.run: Callable = _QUICKER.get(func, func._op)
-        self.handler: Handler = _handlers.get(func) or _handlers[None]
+        self.func = func
+        self.handler: Handler = _handlers.get(func) or (
+            _decompose if self._is_made_of_others() else _handlers[None]
+        )
         self.name: str = func._opname
         self.runs_nothing = runs_nothing(func)
         self.flops = flops_formula(func)
@@ -69,18 +77,32 @@ class Operator:
         self.host_waits = torch.Tag.dynamic_output_shape in func.tags or (
             not self.is_mutable and not any("Tensor" in kind for kind in returned)
         )
-        self.takes_host_indices = func._overloadpacket in (
-            aten.index,
-            aten.index_put,
-            aten.index_put_,
-            aten._index_put_impl_,
+        # Where a tensor without dimensions may be on the host, as a Python number would be.
+        self.takes_host_scalars = torch.Tag.pointwise in func.tags or (
+            self.name.removesuffix("_") in _TAKES_HOST_SCALARS
+            or self.name.startswith(("_foreach", "_fused"))
         )
+        self.takes_host_indices = self.name.removesuffix("_") in _INDEXES
+
+    def _is_made_of_others(self) -> bool:
+        """Whether PyTorch knows it by other operators only; then it runs and counts as those."""
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        return self.func._can_decompose() and not has_kernel(self.func.name(), "CPU")
 
     @classmethod
     def of(cls, func: torch._ops.OpOverload) -> Operator:
         if id(func) not in known_operators:
             known_operators[id(func)] = cls(func)
         return known_operators[id(func)]
+
+
+# Pointwise operators that PyTorch does not tag so, and those that read one number.
+_TAKES_HOST_SCALARS = set(
+    "copysign eq ne ge gt le lt gcd lcm heaviside floor_divide rsub where polar complex fill "
+    "masked_fill index_fill huber_loss mse_loss smooth_l1_loss soft_margin_loss dist bernoulli "
+    "normal linspace logspace __lshift__ __rshift__ __ilshift__ __irshift__".split()
+)
+_INDEXES = {"index", "index_put", "_index_put_impl", "_unsafe_index", "_unsafe_index_put"}
 
 
 # By id, because hashing an operator takes a call to Python; operators live for ever.

@@ -28,8 +28,32 @@ aten = torch.ops.aten
 @runs(aten.index.Tensor)
 def _index(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
     """``x[indices]``: with a mask of booleans the host waits to know how many were picked."""
+    _check_indices(args)
     has_mask = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
     return execute(operator if has_mask else _without_waiting(operator), args, kwargs)
+
+
+@runs(
+    aten._unsafe_index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+    aten._unsafe_index_put.default,
+)
+def _index_put(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
+    _check_indices(args)
+    return execute(operator, args, kwargs)
+
+
+def _check_indices(args: tuple) -> None:
+    """Raise CUDA's error if what is indexed and its indices are on two devices."""
+    self, indices = args[:2]
+    for index in indices:
+        if isinstance(index, VirtualTensor) and index.device != self.device:
+            raise RuntimeError(
+                "indices should be either on cpu or on the same device as the indexed tensor "
+                f"({self.device})"
+            )
 
 
 @cache

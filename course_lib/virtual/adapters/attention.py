@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from course_lib.virtual.execution import mixed_devices
 from course_lib.virtual.machine import machine
 
 aten = torch.ops.aten
@@ -26,6 +27,9 @@ def _attention(
     enable_gqa=False,
 ):
     tensors = (query, key, value, attn_mask)
+    for tensor in tensors[1:]:
+        if tensor is not None and tensor.device != query.device:
+            raise mixed_devices(query.device, tensor.device)
     inner = [_like_on_cpu(tensor) for tensor in tensors]
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         allowed = attn_mask

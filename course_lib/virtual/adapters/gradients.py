@@ -1,0 +1,82 @@
+"""A gradient on another device than its tensor is refused, in the words of CUDA.
+
+PyTorch's autograd engine checks devices, and spares tensor subclasses. So the check is made where a
+gradient comes from outside: from the caller of backward, from a hook, and from the backward of an
+``autograd.Function``.
+
+Rests on ``torch.autograd.function.BackwardCFunction`` and ``Node._input_metadata``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch.autograd.function import BackwardCFunction
+
+from course_lib.virtual.tensor import VirtualTensor
+
+
+def prepare() -> None:
+    """Change PyTorch as the module's text says. To be called once."""
+    run_backward = BackwardCFunction.apply
+    register_hook = torch.Tensor.register_hook
+
+    def apply_checked(self: Any, *args: Any) -> Any:
+        gradients = run_backward(self, *args)
+        each = gradients if isinstance(gradients, tuple) else (gradients,)
+        # An input that needs no gradient has no next function, and what it gets is not looked at.
+        for index, (gradient, (node, place)) in enumerate(
+            zip(each, self.next_functions, strict=False)
+        ):
+            if node is not None and isinstance(gradient, VirtualTensor):
+                expected = node._input_metadata[place].device
+                check(gradient, expected, index, f"Function {self.name()} returned an ")
+        return gradients
+
+    def register_checked(self: VirtualTensor, hook: Callable) -> Any:
+        device = self.device
+
+        @wraps(hook)
+        def checked(gradient: torch.Tensor) -> torch.Tensor | None:
+            result = hook(gradient)
+            if isinstance(result, torch.Tensor):
+                check(result, device, 0, f"hook {getattr(hook, '__name__', hook)} returned an ")
+            return result
+
+        return register_hook(self, checked)
+
+    BackwardCFunction.apply = apply_checked
+    VirtualTensor.register_hook = register_checked
+
+
+def check_roots(tensors: tuple, gradients: tuple) -> tuple:
+    """What ``backward`` is called with: a number moves to its tensor, all else must be there.
+
+    Raises:
+        RuntimeError: a gradient is on another device than its tensor.
+    """
+    checked = []
+    for index, (tensor, gradient) in enumerate(zip(tensors, gradients, strict=True)):
+        is_elsewhere = (
+            isinstance(tensor, torch.Tensor)
+            and isinstance(gradient, torch.Tensor)
+            and gradient.device != tensor.device
+        )
+        if is_elsewhere and gradient.dim() == 0:
+            gradient = gradient.to(tensor.device)
+        elif is_elsewhere:
+            check(gradient, tensor.device, index)
+        checked.append(gradient)
+    return tuple(checked)
+
+
+def check(gradient: torch.Tensor, device: torch.device, index: int, whose: str = "") -> None:
+    """Raise CUDA's error if ``gradient`` is not on ``device``."""
+    if gradient.device != device:
+        raise RuntimeError(
+            f"{whose}invalid gradient at index {index} - expected device {device} "
+            f"but got {gradient.device}"
+        )
