@@ -157,6 +157,27 @@ def test_in_bfloat16_it_is_as_exact_as_attention_on_one_gpu() -> None:
     assert error < 1.5 * usual
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_in_bfloat16_its_gradients_are_summed_in_float32(causal: bool) -> None:
+    gpus = devices(4)
+    whole = [each.detach().bfloat16().requires_grad_() for each in queries_keys_values(256, K=16)]
+    gradient = torch.randn(2, 3, 256, 16).bfloat16()
+
+    def gradients(function, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        out = function(*tensors)
+        return torch.autograd.grad(out, tensors, gradient.to(out.dtype))
+
+    exact = gradients(
+        lambda *each: full_attention(*each, causal),
+        [each.detach().double().requires_grad_() for each in whole],
+    )
+    ours = gradients(lambda *each: in_a_ring(list(each), gpus, causal, tile=4), whole)
+    for right, one in zip(exact, ours, strict=True):
+        assert one.dtype == torch.bfloat16
+        # About one rounding, however many tiles: summed in bfloat16 it would be two or three.
+        assert (one - right).norm() / right.norm() < 1.5 * 2**-8
+
+
 def small_gpt(**changes: object) -> GPT:
     torch.manual_seed(0)
     gpt = GPT(13, **{"context": 24, "width": 8, "heads": 2, "depth": 1} | changes)
@@ -204,6 +225,35 @@ def test_a_shorter_sequence_than_the_context_has_its_own_positions() -> None:
     tokens_BT = torch.randint(13, (2, 8))
     scores = ContextParallelGPT(gpt, gpus)(split_sequence(tokens_BT, gpus, 1))
     torch.testing.assert_close(join_sequence(scores, 1), gpt(tokens_BT), **CLOSE)
+
+
+@pytest.mark.parametrize("first", [1, 5, 20])
+@orders
+def test_padding_does_not_count_wherever_it_gathers(first: int, zigzag: bool) -> None:
+    gpus = devices(4)
+    gpt = small_gpt()
+    tokens_BT, targets_BT = torch.randint(13, (2, 2, 24))
+    targets_BT[:, first:] = -100
+    loss = next_token_loss(gpt(tokens_BT), targets_BT)
+    loss.backward()
+    parallel = ContextParallelGPT(gpt, gpus)
+    parts = [split_sequence(each, gpus, 1, zigzag) for each in (tokens_BT, targets_BT)]
+    losses = next_token_losses(parallel(parts[0]), parts[1])
+    torch.autograd.backward(losses)
+    all_reduce_gradients(parallel.replicas)
+    torch.testing.assert_close(sum(each.detach().cpu() for each in losses), loss.detach(), **CLOSE)
+    for mine, theirs in zip(parallel.replicas[0].parameters(), gpt.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad.cpu(), theirs.grad, **CLOSE)
+
+
+def test_after_its_first_step_it_copies_nothing_from_the_host() -> None:
+    gpus = devices(2)
+    parallel = ContextParallelGPT(small_gpt(), gpus)
+    tokens, targets = (split_sequence(each, gpus, 1) for each in torch.randint(13, (2, 2, 8)))
+    next_token_losses(parallel(tokens), targets)
+    with trace(strict=True) as recording:
+        torch.autograd.backward(next_token_losses(parallel(tokens), targets))
+    assert not [route for route in recording.bytes_moved if "host" in route]
 
 
 def test_making_it_leaves_the_model_as_it_was() -> None:
@@ -390,6 +440,39 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         ValueError, match=r"one shape and dtype, not \['\(1, 2, 2, 4\) torch.float64'"
     ):
         ring_attention(qs, parts_on(gpus, T=2)[1], vs, causal=True)
+
+
+def test_parts_in_another_order_are_refused() -> None:
+    gpus = devices(2)
+    whole = torch.zeros(1, 1, 8, 4)
+    plain, dealt = (split_sequence(whole, gpus, 2, zigzag) for zigzag in (False, True))
+    with pytest.raises(ValueError, match="split with zigzag=False is taken here for one with zigz"):
+        ring_attention(plain, plain, plain, causal=True)
+    with pytest.raises(ValueError, match="split with zigzag=True is taken here for one with zigz"):
+        join_sequence(dealt, 2, zigzag=False)
+    parallel = ContextParallelGPT(small_gpt(), gpus)
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    scores = parallel(split_sequence(tokens, gpus, 1, zigzag=False))
+    with pytest.raises(ValueError, match="split with zigzag=True is taken here for one with zigz"):
+        next_token_losses(scores, split_sequence(tokens, gpus, 1))
+
+
+def test_a_single_tensor_in_place_of_a_list_is_refused() -> None:
+    q = torch.zeros(2, 2, 4, 4)
+    with pytest.raises(TypeError, match="takes a list of queries, one tensor a device"):
+        ring_attention(q, q, q, causal=True)
+
+
+def test_parts_for_other_devices_are_refused() -> None:
+    gpus = devices(3)
+    parallel = ContextParallelGPT(small_gpt(), gpus)
+    with pytest.raises(ValueError, match="2 parts of tokens for 3 devices"):
+        parallel(split_sequence(torch.zeros(1, 8, dtype=torch.int64), gpus[:2], 1))
+
+
+def test_a_device_that_is_not_there_has_no_positions() -> None:
+    with pytest.raises(ValueError, match="there is no device 2 among 2: they count from 0"):
+        positions(8, 2, 2)
 
 
 def test_a_tile_of_nothing_is_refused() -> None:

@@ -593,3 +593,83 @@ def test_a_weight_that_is_frozen_or_computed_is_not_put_off():
     assert pending == []
     assert frozen.weight.grad is None
     assert computed.parametrizations.weight.original1.grad is not None
+
+
+class Functional(nn.Module):
+    """Linear layers called in the ways that people call them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(x, weight=self.weight, bias=self.bias)
+        x = F.linear(input=x, weight=self.weight)
+        return F.linear(x, self.weight, bias=None)
+
+
+def test_a_linear_layer_with_arguments_by_name_is_put_off_too():
+    torch.manual_seed(0)
+    layer, x = Functional(), torch.randn(5, 4)
+    plain = copy.deepcopy(layer)
+    pending: list = []
+    with put_off_weight_gradients(pending):
+        out = layer(x)
+    out.square().sum().backward()
+    assert len(pending) == 3
+    add_weight_gradients(pending)
+    plain(x).square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, plain.weight.grad)
+    torch.testing.assert_close(layer.bias.grad, plain.bias.grad)
+
+
+@pytest.mark.parametrize("where", ["around", "inside"])
+def test_zero_bubble_under_autocast_is_plain_training_under_autocast(gpus: Devices, where: str):
+    torch.manual_seed(0)
+    model = MLP(8, 8, 8, 8)
+    x, y = torch.randn(8, 8), torch.randint(8, (8,))
+    found = []
+    for schedule in (one_f_one_b(2, 2), zero_bubble(2, 2)):
+        pipeline = Pipeline(copy.deepcopy(model), gpus[:2], [2])
+        half = torch.autocast(gpus[0].type, torch.bfloat16)
+        if where == "inside":
+            for stage in pipeline.stages:
+                stage.forward = half(stage.forward)
+            pipeline.forward_backward(schedule, x, y, F.cross_entropy)
+        else:
+            with half:
+                pipeline.forward_backward(schedule, x, y, F.cross_entropy)
+        found.append([parameter.grad.cpu() for parameter in pipeline.parameters()])
+    for plain, split in zip(*found, strict=True):
+        assert plain.dtype == split.dtype == torch.float32
+        torch.testing.assert_close(split, plain, rtol=0.02, atol=1e-4)  # bfloat16 rounds to 2^-8
+
+
+def test_zero_bubble_tells_hooks_of_a_gradient_when_it_is_there(gpus: Devices):
+    """As data parallelism needs it, whose hooks start an all-reduce."""
+    pipeline = Pipeline(MLP(4, 4, 4), gpus[:2], [1])
+    seen: list[tuple[nn.Parameter, Tensor]] = []
+    for parameter in pipeline.parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda told: seen.append((told, told.grad.detach().clone()))
+        )
+    x = torch.randn(4, 4)
+    pipeline.forward_backward(zero_bubble(2, 2), x, x, F.mse_loss)
+    for parameter in pipeline.parameters():
+        told = [grad for one, grad in seen if one is parameter]
+        assert len(told) == 2  # once a microbatch
+        assert torch.equal(told[-1], parameter.grad)
+
+
+def test_a_hook_that_changes_a_gradient_is_heard():
+    layer = nn.Linear(4, 4)
+    layer.weight.register_hook(lambda gradient: 2 * gradient)
+    plain, x, pending = copy.deepcopy(layer), torch.randn(5, 4), []
+    with put_off_weight_gradients(pending):
+        out = layer(x)
+    out.sum().backward()
+    add_weight_gradients(pending)
+    plain.weight._backward_hooks = None
+    plain(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, 2 * plain.weight.grad)

@@ -112,3 +112,23 @@ def test_more_devices_than_rows_are_refused() -> None:
 def test_no_device_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one device"):
         Shards(torch.zeros(4), [])
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_part_learns_if_the_whole_does(trained: bool) -> None:
+    weight = nn.Parameter(torch.zeros(4), requires_grad=trained)
+    for shards in (Shards(weight, devices(2), 0), Shards(weight, devices(2))):
+        assert [part.requires_grad for part in shards] == [trained, trained]
+
+
+def test_the_parts_of_another_model_are_refused() -> None:
+    split = Split(torch.zeros(4, 2), devices(2), 0)
+    with pytest.raises(ValueError, match=r"of shape \(4, 2\) stand where .* shape \(4, 3\)"):
+        unsplit(split, whole(4, 3))
+    with pytest.raises(ValueError, match="has 1 parameters and the other 2"):
+        unsplit(split, nn.Linear(2, 2))
+
+
+def test_devices_may_be_named() -> None:
+    gpus = devices(2)
+    assert [part.device for part in Shards(torch.zeros(4), [str(gpu) for gpu in gpus])] == gpus

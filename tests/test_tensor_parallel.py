@@ -347,6 +347,43 @@ def test_a_border_leaves_what_it_is_given_as_it_was(border) -> None:
     assert all(map(torch.equal, given, before))
 
 
+@regions
+def test_a_frozen_layer_stays_frozen(by_sequence: bool) -> None:
+    gpt = small_gpt(depth=1)
+    gpt[0].requires_grad_(False)
+    gpt[1].mlp[2].bias.requires_grad_(False)
+    parallel = ParallelGPT(gpt, devices(2), by_sequence)
+    tokens_BT, targets_BT = passages()
+    next_token_loss(gpt(tokens_BT), targets_BT).backward()
+    backward(parallel, tokens_BT, targets_BT)
+    joined = unsplit(parallel, gpt)
+    for ours, theirs in zip(joined.parameters(), gpt.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=CLOSE, atol=CLOSE)
+    trained = {parameter.requires_grad for parameter in parallel.position}
+    assert trained == {gpt[0].position.weight.requires_grad} == {False}
+
+
+@counts
+def test_ignored_targets_do_not_count(count: int) -> None:
+    gpt = small_gpt(depth=1)
+    parallel = ParallelGPT(gpt, devices(count))
+    tokens_BT, targets_BT = passages()
+    targets_BT[0, 1:] = -100
+    loss = next_token_loss(gpt(tokens_BT), targets_BT)
+    loss.backward()
+    assert abs(backward(parallel, tokens_BT, targets_BT) - loss) < CLOSE
+    require_equal(parallel, gpt)
+
+
+def test_a_batch_that_is_all_padding_has_a_loss_of_zero_and_no_gradient() -> None:
+    parallel = ParallelGPT(small_gpt(depth=1), devices(2))
+    tokens_BT, targets_BT = passages()
+    assert backward(parallel, tokens_BT, targets_BT.fill_(-100)) == 0
+    assert all(not parameter.grad.any() for parameter in parallel.parameters())
+
+
 # What it takes to be the same.
 
 
@@ -523,6 +560,8 @@ def test_a_device_holds_its_part_of_the_weights_and_no_more(count: int) -> None:
 def test_heads_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="4 heads do not divide over 3 devices"):
         ParallelGPT(small_gpt(), devices(3))
+    with pytest.raises(ValueError, match="4 heads do not divide over 8 devices: each takes whole"):
+        ParallelGPT(small_gpt(), devices(8))
 
 
 def test_dropout_is_refused() -> None:

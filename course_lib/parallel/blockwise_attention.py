@@ -35,31 +35,50 @@ def merge(out: Tensor, log_sum: Tensor, out_2: Tensor, log_sum_2: Tensor) -> tup
     """Attention to two blocks together, from what :func:`attend` returned for each.
 
     Each output counts by its share of the common sum. That is at most one: nothing overflows.
+
+    Args:
+        out, out_2: the output of the same queries for each block, [B, H, Q, K].
+        log_sum, log_sum_2: the logarithm of each query's sum of exponentials, [B, H, Q, 1].
+
+    Returns:
+        Both for the two blocks together, of the same shapes.
     """
     both = torch.logaddexp(log_sum, log_sum_2)
     return out * (log_sum - both).exp() + out_2 * (log_sum_2 - both).exp(), both
 
 
 def attend_backward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, log_sum: Tensor, grad: Tensor, dot: Tensor
+    q_BHQK: Tensor,
+    k_BHSK: Tensor,
+    v_BHSK: Tensor,
+    causal: bool,
+    log_sum_BHQ1: Tensor,
+    grad_BHQK: Tensor,
+    dot_BHQ1: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """What one block of keys and values adds to the gradients.
 
-    The weights are too large to keep, and are computed again; ``log_sum``, the one over all blocks,
-    gives them as they are among all keys.
+    The weights are too large to keep, and are computed again; ``log_sum_BHQ1``, the one over all
+    blocks, gives them as they are among all keys.
 
     Args:
-        grad: the gradient of the output over all blocks, [B, H, Q, K].
-        dot: its dot product with that output, [B, H, Q, 1].
+        causal: as :func:`attend` takes it.
+        grad_BHQK: the gradient of the output over all blocks.
+        dot_BHQ1: its dot product with that output.
 
     Returns:
-        The gradient of the queries, and that of keys and values as one tensor, [2, B, H, S, K].
+        The gradient of the queries, [B, H, Q, K], and that of keys and values as one tensor,
+        [2, B, H, S, K].
     """
-    weights_BHQS = _scores(q, k, causal).sub_(log_sum).exp_()
-    v_grad = weights_BHQS.to(q.dtype).mT @ grad
-    scores_grad_BHQS = weights_BHQS.mul_(grad @ v.mT - dot).to(q.dtype)
-    scale = 1 / math.sqrt(q.shape[-1])
-    return scores_grad_BHQS @ k * scale, torch.stack([scores_grad_BHQS.mT @ q * scale, v_grad])
+    weights_BHQS = _scores(q_BHQK, k_BHSK, causal).sub_(log_sum_BHQ1).exp_()
+    v_grad_BHSK = weights_BHQS.to(q_BHQK.dtype).mT @ grad_BHQK
+    # Softmax backward: each weight times (its own gradient less the weights' mean gradient).
+    weights_grad_BHQS = grad_BHQK @ v_BHSK.mT
+    scores_grad_BHQS = weights_BHQS.mul_(weights_grad_BHQS - dot_BHQ1).to(q_BHQK.dtype)
+    scale = 1 / math.sqrt(q_BHQK.shape[-1])
+    q_grad_BHQK = scores_grad_BHQS @ k_BHSK * scale
+    k_grad_BHSK = scores_grad_BHQS.mT @ q_BHQK * scale
+    return q_grad_BHQK, torch.stack([k_grad_BHSK, v_grad_BHSK])
 
 
 def _scores(q_BHQK: Tensor, k_BHSK: Tensor, causal: bool) -> Tensor:

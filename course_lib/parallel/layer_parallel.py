@@ -32,7 +32,10 @@ class LayerParallel(nn.Module):
     """
 
     def __init__(
-        self, layers: nn.Sequential, devices: Sequence[torch.device], cuts: Sequence[int]
+        self,
+        layers: nn.Sequential,
+        devices: Sequence[torch.device | str],
+        cuts: Sequence[int],
     ) -> None:
         super().__init__()
         if not devices:
@@ -47,7 +50,7 @@ class LayerParallel(nn.Module):
         plain = list(layers)
         self.stages = nn.ModuleList(nn.Sequential(*plain[a:b]) for a, b in pairwise(edges))
         _check_nothing_shared(self.stages)
-        self.devices = list(devices)
+        self.devices = [torch.device(device) for device in devices]
         for stage, device in zip(self.stages, self.devices, strict=True):
             stage.to(device)
 

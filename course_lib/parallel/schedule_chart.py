@@ -19,10 +19,15 @@ def step_times(
 ) -> dict[Step, tuple[float, float]]:
     """When each step begins and ends, if it begins as soon as it can.
 
+    Times are in any one unit: seconds, or as the defaults have it, the time of a forward.
+
     Args:
         forward, input_gradient, weight_gradient: the time that each takes a stage. A backward
             that is not split takes the last two together.
         transfer: the time until the result of a step is on another device.
+
+    Returns:
+        For each step ``(begin, end)``, in the same unit, from 0 on.
     """
     durations = {"F": forward, "B": input_gradient, "W": weight_gradient}
     if not schedule.splits_backward:

@@ -99,11 +99,18 @@ def check(schedule: Schedule, most_held: int | None = None) -> None:
         most_held: how many activations fit on a device; not checked if not given.
 
     Raises:
-        ValueError: a device has a step of another device's stage, or one that no stage has; a
-            step is missing or is there twice; a device has a step before one that it needs; the
-            devices wait for each other for ever; or one of them holds too many activations.
+        ValueError: a stage is on a device that has no list of steps; a device has a step of
+            another device's stage, or one that no stage has; a step is missing or is there twice;
+            a device has a step before one that it needs; the devices wait for each other for ever;
+            or one of them holds too many activations.
     """
     stages, microbatches = range(len(schedule.placement)), range(schedule.microbatches)
+    for stage, device in enumerate(schedule.placement):
+        if device not in range(len(schedule.steps)):
+            raise ValueError(
+                f"stage {stage} is on device {device}, and there are steps for devices 0 to "
+                f"{len(schedule.steps) - 1}"
+            )
     wanted = {Step(kind, s, i): 0 for i in microbatches for s in stages for kind in schedule.kinds}
     for device, steps in enumerate(schedule.steps):
         for step in steps:
@@ -123,7 +130,8 @@ def check(schedule: Schedule, most_held: int | None = None) -> None:
             later.remove(step)
             for need in later.intersection(schedule.needs(step)):
                 raise ValueError(f"device {device} has {step} before {need}, which it needs")
-    deque(in_order(schedule), maxlen=0)
+    for _ in in_order(schedule):  # which raises an error at a deadlock
+        pass
     for device, count in enumerate(held(schedule)):
         if most_held is not None and count > most_held:
             raise ValueError(

@@ -19,7 +19,7 @@ class Shards(nn.ParameterList):
     """One parameter on several devices: a part of it on each, or a copy.
 
     Args:
-        whole: the parameter; it stays as it is.
+        whole: the parameter; it stays as it is. If it is frozen, so are its parts.
         dimension: along which to cut it; ``None`` for copies.
         groups: cut each of so many equal groups of rows, as of queries, keys and values.
         partial_gradients: whether each copy gets only a part of the parameter's gradient.
@@ -43,7 +43,7 @@ class Shards(nn.ParameterList):
         parts = [whole] * len(devices) if dimension is None else self._cut(whole, len(devices))
         super().__init__(
             # A view would keep the whole in memory.
-            nn.Parameter(part.detach().to(device, copy=True).contiguous())
+            nn.Parameter(part.detach().to(device, copy=True).contiguous(), whole.requires_grad)
             for part, device in zip(parts, devices, strict=True)
         )
 
@@ -84,10 +84,25 @@ def unsplit(parallel: nn.Module, like: nn.Module) -> nn.Module:
     """A copy of ``like``, the model that ``parallel`` was made of, with what ``parallel`` has now.
 
     Parameters and gradients, for a proof: ``largest_difference(unsplit(parallel, gpt), gpt)``.
+
+    Raises:
+        ValueError: ``parallel`` was made of another model.
     """
     whole = copy.deepcopy(like)
-    for parameter, shards in zip(whole.parameters(), _all_shards(parallel), strict=True):
-        parameter.data.copy_(shards.join(shards))
+    parameters, split = list(whole.parameters()), _all_shards(parallel)
+    if len(parameters) != len(split):
+        raise ValueError(
+            f"the split model has {len(split)} parameters and the other {len(parameters)}: give "
+            "the model that it was made of"
+        )
+    for parameter, shards in zip(parameters, split, strict=True):
+        joined = shards.join(shards)
+        if joined.shape != parameter.shape:
+            raise ValueError(
+                f"parts of a parameter of shape {tuple(joined.shape)} stand where the model has "
+                f"one of shape {tuple(parameter.shape)}: give the model that it was made of"
+            )
+        parameter.data.copy_(joined)
         gradients = [part.grad for part in shards]
         parameter.grad = None  # a copy of that in ``like``, which must not pass for ours
         if gradients[0] is not None:

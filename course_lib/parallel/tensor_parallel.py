@@ -61,8 +61,12 @@ class RowLinear(nn.Module):
             self.bias = Shards(linear.bias, devices, partial_gradients=sequence_parallel)
 
     def forward(self, xs: Tensors) -> list[Tensor]:
-        terms = [F.linear(x, weight) for x, weight in zip(xs, self.weight, strict=True)]
-        sums_TBD = leave(terms, self.sequence_parallel)
+        """From some of the inputs, [T, B, I/N] on each device, to all outputs, [T, B, D].
+
+        With sequence parallelism each device gets its part of the tokens, [T/N, B, D].
+        """
+        terms_TBD = [F.linear(x, weight) for x, weight in zip(xs, self.weight, strict=True)]
+        sums_TBD = leave(terms_TBD, self.sequence_parallel)
         # Added to the sum: a bias in each device's term would count N times.
         return _add(sums_TBD, self.bias) if self.bias else sums_TBD
 
@@ -98,7 +102,10 @@ class ParallelAttention(nn.Module):
     ) -> None:
         super().__init__()
         if devices and attention.heads % len(devices):
-            raise ValueError(f"{attention.heads} heads do not divide over {len(devices)} devices")
+            raise ValueError(
+                f"{attention.heads} heads do not divide over {len(devices)} devices: each takes "
+                "whole heads, with their keys and values"
+            )
         self.head_width = attention.out.in_features // attention.heads
         # Its neurons are all queries, then all keys, then all values: a device needs some of each.
         self.qkv = ColumnLinear(attention.qkv, devices, sequence_parallel, groups=3)
@@ -165,7 +172,8 @@ class ParallelGPT(nn.Module):
 
     It takes the tokens, (B, T), from wherever they are, and returns the scores divided by
     vocabulary, (B, T, a part of V) on each device. Any optimizer that works number by number can
-    train its parameters; ``clip_grad_norm_`` cannot, since it would count every copy.
+    train its parameters. ``nn.utils.clip_grad_norm_`` cannot clip them, since it would count every
+    copy: :mod:`course_lib.parallel.gradient_norm` can.
 
     Args:
         gpt: it stays as it is.

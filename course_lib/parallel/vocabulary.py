@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from course_lib.parallel.collectives import all_gather
+from course_lib.parallel.counting import IGNORED
 from course_lib.parallel.kinds import Devices, Tensors
 from course_lib.parallel.regions import leave, reduce_from_ranks
 from course_lib.parallel.split_parameter import Shards
@@ -26,9 +27,10 @@ class VocabularyEmbedding(nn.Module):
         self.weight = Shards(embedding.weight, devices, 0)
 
     def forward(self, tokens_TB: Tensor) -> list[Tensor]:
+        on_each = [tokens_TB.to(weight.device) for weight in self.weight]
         terms = [
             F.embedding(rows_TB, weight).masked_fill(absent_TB.unsqueeze(-1), 0)
-            for weight, rows_TB, absent_TB in _look_up(tokens_TB, self.weight, 0)
+            for weight, rows_TB, absent_TB in _look_up(on_each, self.weight, 0)
         ]
         return leave(terms, self.sequence_parallel)
 
@@ -41,15 +43,19 @@ def vocabulary_cross_entropy(scores: Tensors, targets_BT: Tensor) -> list[Tensor
 
     Args:
         scores: on each device, of shape (B, T, its part of V).
-        targets_BT: from wherever they are.
+        targets_BT: from wherever they are; those that are ignored (-100) do not count.
 
     Returns:
-        The same loss on every device.
+        The same loss on every device; zero if no target counts.
     """
+    on_each = [targets_BT.to(part.device) for part in scores]
+    ignored = [here_BT == IGNORED for here_BT in on_each]
+    # Looked up as token 0, which every vocabulary has, and then left out.
+    known = [here_BT.masked_fill(out, 0) for here_BT, out in zip(on_each, ignored, strict=True)]
     logs = [part.logsumexp(-1) for part in scores]
     targets = [
         part.gather(-1, rows_BT.unsqueeze(-1)).squeeze(-1).masked_fill(absent_BT, 0)
-        for part, rows_BT, absent_BT in _look_up(targets_BT, scores, -1)
+        for part, rows_BT, absent_BT in _look_up(known, scores, -1)
     ]
     gathered = all_gather([log.detach().unsqueeze(0) for log in logs])
     largest = [each.amax(0) for each in gathered]
@@ -58,13 +64,15 @@ def vocabulary_cross_entropy(scores: Tensors, targets_BT: Tensor) -> list[Tensor
         for log, most, target in zip(logs, largest, targets, strict=True)
     ]
     return [
-        (total.log() + most - target).mean()
-        for (total, target), most in zip(reduce_from_ranks(terms), largest, strict=True)
+        (total.log() + most - target).masked_fill(left_out, 0).sum() / (~left_out).sum().clamp(1)
+        for (total, target), most, left_out in zip(
+            reduce_from_ranks(terms), largest, ignored, strict=True
+        )
     ]
 
 
 def _look_up(
-    tokens: Tensor, parts: Tensors, dimension: int
+    tokens: Tensors, parts: Tensors, dimension: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Each part of the vocabulary, the row in it of each token, and which tokens it has not.
 
@@ -72,8 +80,7 @@ def _look_up(
     same error as on one GPU.
     """
     edges = [0, *accumulate(part.shape[dimension] for part in parts)]
-    for part, (first, end) in zip(parts, pairwise(edges), strict=True):
-        here = tokens.to(part.device)
+    for here, part, (first, end) in zip(tokens, parts, pairwise(edges), strict=True):
         absent = torch.zeros_like(here, dtype=torch.bool)
         if first > 0:
             absent |= here < first

@@ -11,12 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 # Of one linear layer: its weight, its input, the gradient of its output.
-Pending = tuple[Tensor, Tensor, Tensor]
+Pending = tuple[nn.Parameter, Tensor, Tensor]
 
 
 class put_off_weight_gradients(TorchFunctionMode):
@@ -35,33 +35,50 @@ class put_off_weight_gradients(TorchFunctionMode):
         self.pending = pending
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
-        # A weight that is computed from others (a parametrization) must get its gradient at once.
-        if func is F.linear and args[1].is_leaf and args[1].requires_grad:
-            return _Linear.apply(self.pending, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is not F.linear:
+            return func(*args, **kwargs)
+        return self._linear(*args, **kwargs)
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        # At once, in backward: a weight that is computed from others (a parametrization), and one
+        # with a hook that wants to see or change its gradient there.
+        if not (weight.is_leaf and weight.requires_grad) or weight._backward_hooks:
+            return F.linear(input, weight, bias)
+        # Autograd does not see the weight: hooks that run when its gradient has been added must
+        # not run in backward. But something must need a gradient, or there is no backward.
+        anchor = weight.detach()[:0].requires_grad_()
+        return _Linear.apply(self.pending, [weight], anchor, input, bias)
 
 
 def add_weight_gradients(pending: list[Pending]) -> None:
     """Add to each weight's ``grad`` what backward left out."""
     for weight, x, gradient in pending:
-        part = gradient.flatten(0, -2).T @ x.flatten(0, -2)
+        part = (gradient.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
         weight.grad = part if weight.grad is None else weight.grad.add_(part)
+        # As autograd does when it has added to a gradient: data parallelism waits for it.
+        for hook in (weight._post_accumulate_grad_hooks or {}).values():
+            hook(weight)
 
 
 class _Linear(torch.autograd.Function):
     """``F.linear`` whose backward does not compute the weight's gradient."""
 
     @staticmethod
-    def forward(ctx, pending: list[Pending], x: Tensor, weight: Tensor, bias: Tensor | None = None):
-        ctx.pending = pending
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias)
+    def forward(ctx, pending, hidden_weight, anchor, x, bias):
+        (weight,) = hidden_weight
+        out = F.linear(x, weight, bias)
+        ctx.pending, ctx.weight, ctx.types = pending, weight, (x.dtype, bias is not None)
+        # Under autocast the product is in a shorter type, and so is what is kept for backward.
+        ctx.save_for_backward(x.to(out.dtype), weight.detach().to(out.dtype))
+        return out
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         x, weight = ctx.saved_tensors
-        ctx.pending.append((weight, x.detach(), gradient))  # detached: its own graph can go
-        _, needs_x, _, *needs_bias = ctx.needs_input_grad
-        grad_x = gradient @ weight if needs_x else None
-        grad_bias = gradient.flatten(0, -2).sum(0) if any(needs_bias) else None
-        return (None, grad_x, None, grad_bias)[: len(ctx.needs_input_grad)]
+        dtype, has_bias = ctx.types
+        ctx.pending.append((ctx.weight, x.detach(), gradient))  # detached: its own graph can go
+        _, _, _, needs_x, needs_bias = ctx.needs_input_grad
+        grad_x = (gradient @ weight).to(dtype) if needs_x else None
+        grad_bias = gradient.flatten(0, -2).sum(0) if has_bias and needs_bias else None
+        return None, None, None, grad_x, grad_bias
