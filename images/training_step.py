@@ -32,7 +32,7 @@ STEPS = [
     ("optimizer step", OPTIMIZER, 1.15),
 ]
 FORWARDS, BACKWARDS = [1, 2, 3], [7, 6, 5]  # where layers 1, 2 and 3 are in STEPS
-PARAMETERS = 36  # the height of as many bytes as the parameters have
+PARAMETERS = 36  # the height of a bar
 
 
 def draw() -> str:
@@ -89,13 +89,14 @@ def draw() -> str:
     picture.text(edges[5] + 4, top - 6, words, anchor="start", colour=SOFT)
 
     top = 426
-    lane(picture, top, 2 * PARAMETERS, "optimizer", "state")
-    words = "always (Adam keeps two numbers for each parameter)"
-    picture.box(always[0], top, always[1], 2 * PARAMETERS, words, OPTIMIZER)
+    lane(picture, top, PARAMETERS, "optimizer", "state")
+    words = "always"
+    picture.box(always[0], top, always[1], PARAMETERS, words, OPTIMIZER)
 
     picture.arrow((LEFT, 526), (end, 526), colour=SOFT)
     picture.text(end, 546, "time", anchor="end", colour=SOFT)
-    picture.text(LEFT, 546, "the height of a bar: bytes held", anchor="start", colour=SOFT)
+    words = "heights are not to scale: the lesson measures them"
+    picture.text(LEFT, 546, words, anchor="start", colour=SOFT)
     return picture.svg()
 
 

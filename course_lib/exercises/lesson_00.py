@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from course_lib import CLASSROOM, format_bytes, hardware, timeline
+from course_lib.exercises.diagnosis import bytes_over_host, require_not_over_host
 from course_lib.exercises.verdict import Verdict, Wrong, check, require_number, right
 
 
 @check
 def check_sum(sum_on_first: Callable[[list[Tensor]], Tensor]) -> Verdict:
     """Graded on the sum, its device, untouched inputs, and the bytes that crossed each link."""
-    with hardware.fresh_devices(4) as gpus:
+    with hardware.fresh_devices(4) as (first, *others):
+        gpus = [*others, first]  # the first tensor's is not the first one
         originals = [torch.randn(100, 100) for _ in gpus]
         tensors = [tensor.to(gpu) for tensor, gpu in zip(originals, gpus, strict=True)]
         with timeline.trace() as t:
@@ -40,8 +42,7 @@ def check_sum(sum_on_first: Callable[[list[Tensor]], Tensor]) -> Verdict:
             raise Wrong("the result is on the right device, but it is not the sum of the four.")
         moved, target = sum(t.bytes_moved.values()), 3 * originals[0].nbytes
         facts = [("bytes moved", format_bytes(moved), format_bytes(target))]
-        if any("host" in route for route in t.bytes_moved):
-            raise Wrong("tensors went over the host: move them from GPU to GPU with .to.", facts)
+        require_not_over_host(t, "tensors", facts)
         if moved > target:
             raise Wrong("more crossed the links than each of the three others once.", facts)
         return right("the sum is there, and each tensor crossed one link once.", facts)
@@ -81,6 +82,12 @@ def check_together(sums_of_powers: Callable[[list[Tensor], int], list[float]]) -
                 )
         ratio = t.seconds / alone.seconds
         facts = [("time, beside one GPU's", f"{ratio:.2f} times", "at most 1.25 times")]
+        if bytes_over_host(t) >= matrices[0].nbytes:
+            raise Wrong(
+                "a matrix was copied to the host, which waits for it: add up its numbers where "
+                "they are, and read one number of each.",
+                facts,
+            )
         if ratio > 1.25:
             raise Wrong(
                 "the sums are right, but the GPUs took turns. Which line of your loop waits?", facts

@@ -1,50 +1,59 @@
-"""Checks of lesson 01: operations of a block, bytes of a model, gradient accumulation."""
+"""Checks of lesson 01: operations of a step, bytes of a model, gradient accumulation."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from course_lib import format_bytes, hardware
+from course_lib import format_bytes, hardware, timeline
+from course_lib.exercises.diagnosis import Unchanged, bytes_over_host, require_finite
 from course_lib.exercises.verdict import Verdict, Wrong, check, require_number, right
 from course_lib.models import MLP
 
 
 @check
-def check_flops(block_flops: Callable[[int, int, int], float]) -> Verdict:
-    """Graded against the formula that tests/test_exercises.py proves equal to the meter."""
-    for B, T, D in ((3, 32, 64), (4, 16, 32), (1, 128, 64)):
-        linear, attention = 24 * B * T * D * D, 4 * B * T * T * D
-        answer, expected = require_number(block_flops(B, T, D)), linear + attention
+def check_flops(step_flops: Callable[[list[int], int], float]) -> Verdict:
+    """Graded against the meter, which counts the products of a real step."""
+    for widths, batch in (([64, 512, 512, 10], 128), ([20, 30, 7], 16), ([48, 9], 5)):
+        answer = require_number(step_flops(list(widths), batch))
+        expected = _metered_flops(widths, batch)
+        if math.isclose(answer, expected):
+            continue
+        layers = [2 * batch * inputs * outputs for inputs, outputs in pairwise(widths)]
+        forward = sum(layers)
         once = "Each multiplication comes with an addition: count both."
-        missing = "The linear layers are right; attention's two products are missing."
         known_mistakes = {
+            3 * forward: "Nobody needs the gradient of the input, and you count it.",
+            3 * forward / 2: f"{once} And nobody needs the gradient of the input.",
             expected / 2: once,
-            linear: missing,
-            linear / 2: f"{once} Attention's two products are missing, too.",
-            linear + attention / 2: "Attention has two products, and each counts all T x T pairs: "
-            "one half of them is missing.",
-            linear + attention / B: "Attention's two products are done for each of B passages.",
-            linear / 2 + attention: "The linear layers are half of what they should be: the MLP "
-            "goes from D to 4·D and back, and each multiplication comes with an addition.",
-            linear + attention * D / T: "Attention's two products have T·T·D multiplications for "
-            "each passage, not T·D·D.",
-            2 * expected: "That is backward alone; only forward was asked for.",
-            3 * expected: "That is forward and backward; only forward was asked for.",
-            3 * linear: f"That is forward and backward. {missing}",
+            forward: "That is forward alone.",
+            expected - forward: "That is backward alone.",
+            2 * forward: "Backward takes two products for each layer but the first.",
+            expected / batch: "That is one example's.",
+            expected - layers[-1] * 3: "The last layer is missing.",
         }
-        if not math.isclose(answer, expected):
-            kind = next((k for n, k in known_mistakes.items() if math.isclose(answer, n)), "")
-            raise Wrong(
-                f"for B={B}, T={T}, D={D} you count {answer:,.0f} and the meter "
-                f"{expected:,.0f}. {kind}".strip()
-            )
-    facts = [("operations for B=1, T=128, D=64", f"{answer:,.0f}", f"{expected:,.0f}")]
+        if len(layers) == 1:  # some mistakes are none then
+            known_mistakes.pop(2 * forward, None)
+        kind = next((k for n, k in known_mistakes.items() if math.isclose(answer, n)), "")
+        raise Wrong(
+            f"for widths {widths} and {batch} examples you count {answer:,.0f}, and the meter "
+            f"{expected:,.0f}. {kind}".strip()
+        )
+    facts = [("operations for [48, 9] and 5 examples", f"{answer:,.0f}", f"{expected:,.0f}")]
     return right("your count is the meter's.", facts)
+
+
+def _metered_flops(widths: list[int], batch: int) -> float:
+    with hardware.fresh_devices(1) as (gpu,):
+        model = MLP(*widths).to(gpu)
+        with timeline.trace() as t:
+            model(torch.zeros(batch, widths[0], device=gpu)).sum().backward()
+    return t.flops
 
 
 @check
@@ -93,12 +102,22 @@ def check_accumulate(accumulate: Callable[[nn.Module, Tensor, Tensor, int], None
         gradients = sum(parameter.grad.nbytes for parameter in model.parameters())
         one_piece = gradients + _peak(gpu, lambda: _backward(model, x[:size], y[:size]))
         model.zero_grad()
-        peak = _peak(gpu, lambda: accumulate(model, x, y, pieces))
+        unchanged = Unchanged({"the model's parameters": model, "the images": x, "the labels": y})
+        with timeline.trace() as t:
+            peak = _peak(gpu, lambda: accumulate(model, x, y, pieces))
+        unchanged.require()
         gradients = [parameter.grad for parameter in model.parameters()]
         if any(gradient is None for gradient in gradients):
             raise Wrong("the parameters have no gradients: call .backward() on each piece's loss.")
+        require_finite(gradients, "the gradients")
         _require_gradients([gradient.cpu() for gradient in gradients], expected, pieces)
         facts = [("peak memory", format_bytes(peak), f"at most {format_bytes(1.2 * one_piece)}")]
+        if bytes_over_host(t) >= x[:size].nbytes:
+            raise Wrong(
+                "the gradient is right, and it was computed on the host: keep the model and the "
+                "batch on their GPU.",
+                facts,
+            )
         if peak > 1.2 * one_piece:
             raise Wrong(
                 "the gradient is right, but more than one piece's activations were in memory at "

@@ -91,14 +91,20 @@ def bringing_only_the_others_through_the_cpu(tensors):
     return tensors[0] + sum(tensor.cpu().to(home) for tensor in tensors[1:])
 
 
-@SUM.wrong("should be on vgpu:0, and is on cpu")
+@SUM.wrong("should be on vgpu:1, and is on cpu")
 def leaving_the_sum_on_the_cpu(tensors):
     return sum(tensor.cpu() for tensor in tensors)
 
 
-@SUM.wrong("should be on vgpu:0, and is on vgpu:3")
+@SUM.wrong("should be on vgpu:1, and is on vgpu:0")
 def adding_on_the_last_device(tensors):
     return sum(tensor.to(tensors[-1].device) for tensor in tensors)
+
+
+@SUM.wrong("should be on vgpu:1, and is on vgpu:0")
+def the_gpus_of_the_notebook(tensors):
+    home = torch.device("vgpu:0")  # gpus[0] of the lesson, and not of these tensors
+    return sum(tensor.to(home) for tensor in tensors)
 
 
 @SUM.wrong("same device", "RuntimeError")
@@ -371,3 +377,13 @@ def nothing_at_all(free_bytes):
 @FITS.wrong("stopped with TypeError", "float")
 def isqrt_of_a_float(free_bytes):
     return math.isqrt(free_bytes / 4)
+
+
+@TOGETHER.wrong("a matrix was copied to the host")
+def adding_up_on_the_host(matrices, times):
+    sums = []
+    for matrix in matrices:
+        for _ in range(times):
+            matrix = matrix @ matrix
+        sums.append(float(matrix.cpu().sum()))
+    return sums

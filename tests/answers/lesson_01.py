@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
+import itertools
 
 import torch
 from torch.nn import functional as F
@@ -17,109 +17,71 @@ ACCUMULATE = Answers("01", "accumulate", lesson_01.check_accumulate)
 EXERCISES = [FLOPS, MEMORY, ACCUMULATE]
 
 
-# ---------------------------------------------------- 1. the operations of a transformer block
+# ------------------------------------------------------------ 1. operations of any MLP
 
 
 @FLOPS.right
-def one_line(B, T, D):
-    return 24 * B * T * D**2 + 4 * B * T**2 * D
+def all_layers_thrice_but_for_the_pixels(widths, batch):
+    sizes = [a * b for a, b in itertools.pairwise(widths)]
+    return 6 * batch * sum(sizes) - 2 * batch * sizes[0]
 
 
 @FLOPS.right
-def layer_by_layer(B, T, D):
-    def linear(inputs, outputs):
-        return 2 * B * T * inputs * outputs
-
-    layers = [(D, 3 * D), (D, D), (D, 4 * D), (4 * D, D)]
-    products = [2 * B * T * D * T, 2 * B * T * T * D]
-    return sum(linear(*layer) for layer in layers) + sum(products)
+def forward_weights_and_inputs_in_floats(widths, batch):
+    pairs = list(itertools.pairwise(widths))
+    forward = sum(2.0 * batch * a * b for a, b in pairs)
+    inputs = sum(2.0 * batch * a * b for a, b in pairs[1:])
+    return forward + forward + inputs
 
 
-@FLOPS.right
-def head_by_head_in_floats(B, T, D):
-    heads = 4
-    attention = 2 * B * heads * (2.0 * T * T * (D / heads))
-    return 2.0 * B * T * 12 * D * D + attention
+@FLOPS.wrong("gradient of the input, and you count it")
+def six_operations_a_weight(widths, batch):
+    return 6 * batch * sum(a * b for a, b in itertools.pairwise(widths))
 
 
-@FLOPS.right
-def math_prod(B, T, D):
-    return 2 * math.prod([B, T, D]) * (12 * D + 2 * T)
-
-
-@FLOPS.wrong("attention's two products are missing", "linear layers are right")
-def forgetting_attention(B, T, D):
-    return 24 * B * T * D * D
+@FLOPS.wrong("comes with an addition", "nobody needs the gradient of the input")
+def three_operations_a_weight(widths, batch):
+    return six_operations_a_weight(widths, batch) // 2
 
 
 @FLOPS.wrong("comes with an addition", "count both")
-def multiply_adds_counted_once(B, T, D):
-    return 12 * B * T * D * D + 2 * B * T * T * D
+def multiplications_alone(widths, batch):
+    return all_layers_thrice_but_for_the_pixels(widths, batch) / 2
 
 
-@FLOPS.wrong("comes with an addition", "Attention's two products are missing, too")
-def parameters_times_tokens(B, T, D):
-    return 12 * D * D * B * T
+@FLOPS.wrong("forward alone")
+def forward_of_the_step(widths, batch):
+    return 2 * batch * sum(a * b for a, b in itertools.pairwise(widths))
 
 
-@FLOPS.wrong("forward and backward", "only forward")
-def backward_included(B, T, D):
-    return 3 * (24 * B * T * D * D + 4 * B * T * T * D)
+@FLOPS.wrong("backward alone")
+def backward_of_the_step(widths, batch):
+    return all_layers_thrice_but_for_the_pixels(widths, batch) - forward_of_the_step(widths, batch)
 
 
-@FLOPS.wrong("forward and backward", "attention's two products are missing")
-def six_operations_a_parameter(B, T, D):
-    return 6 * 12 * D * D * B * T
+@FLOPS.wrong("one example's")
+def forgetting_the_batch(widths, batch):
+    return all_layers_thrice_but_for_the_pixels(widths, 1)
 
 
-@FLOPS.wrong("backward alone", "only forward")
-def backward_alone(B, T, D):
-    return 2 * (24 * B * T * D * D + 4 * B * T * T * D)
+@FLOPS.wrong("The last layer is missing")
+def without_the_last_layer(widths, batch):
+    return all_layers_thrice_but_for_the_pixels(widths[:-1], batch)
 
 
-@FLOPS.wrong("Attention has two products", "one half")
-def only_queries_with_keys(B, T, D):
-    return 24 * B * T * D * D + 2 * B * T * T * D
-
-
-@FLOPS.wrong("all T x T pairs")
-def only_the_pairs_the_mask_leaves(B, T, D):
-    return 24 * B * T * D * D + 4 * B * T * T * D / 2
-
-
-@FLOPS.wrong("each of B passages")
-def attention_of_one_passage(B, T, D):
-    return 24 * B * T * D * D + 4 * T * T * D
-
-
-@FLOPS.wrong("T·T·D", "not T·D·D")
-def attention_with_width_for_length(B, T, D):
-    return 24 * B * T * D * D + 4 * B * T * D * D
-
-
-@FLOPS.wrong("from D to 4·D and back")
-def an_mlp_as_narrow_as_the_block(B, T, D):
-    return 2 * B * T * (3 + 1 + 1 + 1) * D * D + 4 * B * T * T * D
-
-
-@FLOPS.wrong("B=3, T=32, D=64", "you count 100")
-def some_number(B, T, D):
-    return 100
+@FLOPS.wrong("[20, 30, 7]")
+def the_three_layers_of_the_lesson(widths, batch):
+    return 222_035_968 if widths[1] == 512 else 0
 
 
 @FLOPS.wrong("None", "return")
-def flops_not_returned(B, T, D):
-    24 * B * T * D * D + 4 * B * T * T * D
+def flops_not_returned(widths, batch):
+    6 * batch * sum(widths)
 
 
-@FLOPS.wrong("number", "tuple")
-def two_numbers(B, T, D):
-    return 24 * B * T * D * D, 4 * B * T * T * D
-
-
-@FLOPS.wrong("stopped with", "NameError", "heads")
-def a_name_that_is_not_there(B, T, D):
-    return 4 * B * heads * T * T * D  # noqa: F821
+@FLOPS.wrong("stopped with", "IndexError", "line")
+def one_layer_too_far(widths, batch):
+    return sum(6 * batch * widths[i] * widths[i + 1] for i in range(len(widths)))
 
 
 # -------------------------------------------------------------------------- 2. does it fit?
@@ -329,6 +291,27 @@ def the_first_pieces_images_each_time(model, x, y, pieces):
     size = len(x) // pieces
     for _ in range(pieces):
         (F.cross_entropy(model(x[:size]), y[:size]) / pieces).backward()
+
+
+@ACCUMULATE.wrong("on the host")
+def on_a_cpu_copy(model, x, y, pieces):
+    there = copy.deepcopy(model).cpu()
+    F.cross_entropy(there(x.cpu()), y.cpu()).backward()
+    for ours, theirs in zip(model.parameters(), there.parameters(), strict=True):
+        ours.grad = theirs.grad.to(x.device)
+
+
+@ACCUMULATE.wrong("the model's parameters changed")
+def stepping_an_optimizer(model, x, y, pieces):
+    for x_piece, y_piece in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
+        (F.cross_entropy(model(x_piece), y_piece) / pieces).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+@ACCUMULATE.wrong("NaN or infinite in the gradients")
+def the_square_root_of_minus_one(model, x, y, pieces):
+    for x_piece, y_piece in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
+        (F.cross_entropy(model(x_piece), y_piece) * float("nan")).backward()
 
 
 @ACCUMULATE.wrong("no gradients", ".backward()")
