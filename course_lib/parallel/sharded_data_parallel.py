@@ -21,22 +21,36 @@ devices, what each one holds, and what it sends in a step, as a multiple of the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from course_lib.hardware import current_stream, event
-from course_lib.parallel.collectives import all_gather, reduce_scatter, ring_all_reduce
-from course_lib.parallel.kinds import Loss
-from course_lib.parallel.transfers import SideStreams
+from course_lib.parallel.counting import counts_of, part_of_mean, total_count
+from course_lib.parallel.flat_unit import (
+    FlatUnit,
+    MakeOptimizer,
+    Master,
+    OptionsOf,
+    require_shardable,
+    split_into_units,
+    with_next,
+)
+from course_lib.parallel.gradient_norm import clip_together
+from course_lib.parallel.kinds import Devices, Loss, Tensors
+from course_lib.parallel.sharded_state import gather_state, scatter_state
+from course_lib.parallel.unit_exchange import UnitExchange
 
 
 class Sharded:
     """A sequential model that trains in data parallel, by any stage of ZeRO.
+
+        sharded.zero_grad()
+        sharded.backward(xs, ys, loss_function)
+        sharded.clip_gradients(1.0)
+        sharded.step()
 
     All devices work on one unit before they go on to the next, so that its parameters can be
     gathered, and its gradients summed, for all of them at once.
@@ -48,9 +62,14 @@ class Sharded:
             state), 2 (and of the gradients) or 3 (and of the parameters).
         dtype: of parameters, gradients and activations. Master weights and the loss are in
             float32, or in float64 if that is the dtype.
-        make_optimizer: makes an optimizer for a list of tensors. It must treat each number by
-            itself, as SGD and Adam do: it gets rows of parameters, or parts of rows.
+        make_optimizer: makes an optimizer for a list of parameter groups. It must treat each
+            number by itself, as SGD and Adam do: it gets stretches of rows of parameters.
+        options_of: what a parameter's group says beside, such as
+            ``lambda name, p: {"weight_decay": 0.1 if p.dim() >= 2 else 0.0}``. It is asked of the
+            model's own parameters: in a row, all of them have one dimension.
         prefetch: at stage 3, gather the next unit's parameters while this one's are at work.
+        reduce_dtype: in which gradients are summed and kept; ``dtype`` if not given. A ring rounds
+            at every hop: with bfloat16 and many devices, float32 is worth its bytes.
 
     Attributes:
         units: the layers; one without parameters belongs to the one before.
@@ -63,35 +82,74 @@ class Sharded:
     def __init__(
         self,
         model: nn.Sequential,
-        devices: Sequence[torch.device],
+        devices: Devices,
         stage: int,
         dtype: torch.dtype = torch.bfloat16,
-        make_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] = torch.optim.AdamW,
+        make_optimizer: MakeOptimizer = torch.optim.AdamW,
+        options_of: OptionsOf | None = None,
         prefetch: bool = True,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
-        _check(model, devices, stage, dtype)
-        self.devices, self.stage, self.dtype, self.prefetch = devices, stage, dtype, prefetch
+        devices = [torch.device(device) for device in devices]
+        require_shardable(model, devices, stage, dtype)
+        self.devices, self.stage, self.dtype = devices, stage, dtype
         self.master_dtype = torch.promote_types(dtype, torch.float32)
-        self._sides = SideStreams(devices)
+        self._exchange = UnitExchange(devices, stage, dtype, reduce_dtype or dtype, prefetch)
+        self._accumulates = False
+        self.units: list[FlatUnit] = []
         self._empty_model = copy.deepcopy(model).to("meta")  # what to compute, without numbers
-        self.units = [_Unit(layers, devices, dtype) for layers in _split(self._empty_model)]
-        for unit, layers in zip(self.units, _split(model), strict=True):
-            row = parameters_to_vector(layers.parameters()).detach()
-            row = nn.functional.pad(row, (0, -len(row) % len(devices)))
-            parts = row.chunk(len(devices)) if stage else [row] * len(devices)
-            for part, device in zip(parts, devices, strict=True):
-                unit.masters.append(part.to(device, self.master_dtype, copy=True))
-                unit.optimizers.append(make_optimizer(unit.masters[-1:]))
-            self._renew_parameters(unit)
+        values = dict(model.named_parameters())
+        names = iter(values)
+        for layers in split_into_units(self._empty_model):
+            unit = FlatUnit(layers, [next(names) for _ in layers.parameters()], devices, dtype)
+            self._place(unit, values, make_optimizer, options_of)
+            self.units.append(unit)
 
-    def train_step(
-        self, inputs: Sequence[Tensor], targets: Sequence[Tensor], loss_function: Loss
-    ) -> list[Tensor]:
+    def _place(
+        self,
+        unit: FlatUnit,
+        values: dict[str, Tensor],
+        make_optimizer: MakeOptimizer,
+        options_of: OptionsOf | None,
+    ) -> None:
+        groups, start = unit.groups(options_of), 0
+        for part, device in zip(self._exchange.cut(unit.row_of(values)), self.devices, strict=True):
+            part = part.to(device, self.master_dtype, copy=True)
+            unit.masters.append(Master(part, start, groups, make_optimizer))
+            start += len(part) if self.stage else 0
+        self._exchange.put_parameters(unit)
+
+    def train_step(self, inputs: Tensors, targets: Tensors, loss_function: Loss) -> list[Tensor]:
         """One step of training, as :func:`course_lib.parallel.data_parallel.train_step` does it.
 
+        Takes, returns and raises what :meth:`backward` does.
+        """
+        self.zero_grad()
+        losses = self.backward(inputs, targets, loss_function)
+        self.step()
+        return losses
+
+    def zero_grad(self) -> None:
+        """Drop all gradients; after a step that was interrupted, this starts afresh."""
+        self._exchange.join()
+        for unit in self.units:
+            unit.take_gradients()
+            unit.gradients = []
+
+    def backward(
+        self,
+        inputs: Tensors,
+        targets: Tensors,
+        loss_function: Loss,
+        batch_size: int | None = None,
+    ) -> list[Tensor]:
+        """Compute the loss and its gradients, which are added to those that are there.
+
         Args:
-            inputs, targets: one shard a device; an empty one takes part with zeros.
+            inputs, targets: one shard a device, examples first; an empty one takes part with zeros.
             loss_function: returns the mean loss of (outputs, targets).
+            batch_size: targets that the mean is over, if not those of these shards alone: with
+                :meth:`accumulate`, what all the small batches count.
 
         Returns:
             Each shard's part of the mean loss, a scalar on its device; an empty one has none.
@@ -99,208 +157,116 @@ class Sharded:
         Raises:
             ValueError: there is not one shard of each for every device, or no example at all.
         """
-        counts = [len(y) for y in targets]
-        if not len(inputs) == len(counts) == len(self.devices) or not any(counts):
+        sizes = [len(y) for y in targets]
+        if not len(inputs) == len(sizes) == len(self.devices) or not any(sizes):
             raise ValueError(
                 f"{len(self.devices)} devices need a shard of each, and one example at least: "
-                f"there are {len(inputs)} inputs, and targets of {counts} examples"
+                f"there are {len(inputs)} inputs, and targets of {sizes} examples"
             )
-        for unit in self.units:
-            unit.gradients = []
-        kept, losses, grad_outputs = self._forward(inputs, targets, loss_function)
-        self._backward(kept, grad_outputs)
-        self._step()
-        return [loss for loss, count in zip(losses, counts, strict=True) if count]
+        kept, outs = self._forward(inputs)
+        counts = counts_of(targets)
+        total = total_count(counts, batch_size)
+        losses = [
+            part_of_mean(loss_function, out.to(self.master_dtype), y, count, total)
+            for out, y, count in zip(outs, targets, counts, strict=True)
+        ]
+        for loss in losses:
+            loss.backward()
+        self._backward(kept, [out.grad for out in outs])
+        return [loss.detach() for loss, size in zip(losses, sizes, strict=True) if size]
 
-    def _forward(
-        self, inputs: Sequence[Tensor], targets: Sequence[Tensor], loss_function: Loss
-    ) -> tuple[list[tuple], list[Tensor], list[Tensor]]:
-        """What went in and came out of each unit; the losses, and their gradients of the output."""
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Let stages 0 and 1 exchange nothing: for all but the last of several :meth:`backward`.
+
+        Their gradients stay whole on each device, to be added to. At stages 2 and 3 no device has
+        room for them: there every backward pass exchanges all that it always does.
+        """
+        outside, self._accumulates = self._accumulates, True
+        try:
+            yield
+        finally:
+            self._accumulates = outside
+
+    def _forward(self, inputs: Tensors) -> tuple[list[tuple], list[Tensor]]:
+        """What went in and came out of each unit, and the last one's output, cut off from both."""
         kept = []
         xs = [x.to(self.dtype) if x.is_floating_point() else x for x in inputs]
-        for unit, following in _with_next(self.units):
-            with self._whole(unit, following):
+        for unit, following in with_next(self.units):
+            with self._exchange.whole(unit, following):
                 outs = [unit.forward(rank, x) for rank, x in enumerate(xs)]
             kept.append((xs, outs))
             # Cut autograd's graph, so that backward comes to one unit at a time as well.
             xs = [out.detach().requires_grad_() for out in outs]
-        batch_size = sum(len(y) for y in targets)
-        losses = [
-            loss_function(x.to(self.master_dtype), y) * (len(y) / batch_size)
-            for x, y in zip(xs, targets, strict=True)
-        ]
-        for loss in losses:
-            loss.backward()
-        return kept, [loss.detach() for loss in losses], [x.grad for x in xs]
+        return kept, xs
 
     def _backward(self, kept: list[tuple], grad_outputs: list[Tensor]) -> None:
-        for unit, following in _with_next(self.units[::-1]):
+        for unit, following in with_next(self.units[::-1]):
             xs, outs = kept.pop()
-            with self._whole(unit, following):
+            with self._exchange.whole(unit, following):
                 for out, grad_output in zip(outs, grad_outputs, strict=True):
                     out.backward(grad_output)
             grad_outputs = [x.grad for x in xs]
-            unit.gradients = self._sum(unit.take_gradients())
+            if self.stage >= 2 or not self._accumulates:
+                self._exchange.sum_gradients(unit)
 
-    def _sum(self, gradients: list[Tensor]) -> list[Tensor]:
-        """Sum over the devices, while they compute, and keep of it what the stage says."""
-        with self._sides.beside(gradients):
-            if self.stage == 0:
-                ring_all_reduce(gradients)
-                return gradients
-            parts = reduce_scatter(gradients)  # views: they keep the memory of the whole
-            return parts if self.stage == 1 else [part.clone() for part in parts]
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Scale all gradients so that the norm of the whole model's is at most ``max_norm``.
 
-    def _step(self) -> None:
-        self._sides.join()
-        for unit in self.units:
-            state = zip(unit.masters, unit.optimizers, unit.gradients, strict=True)
-            for master, optimizer, gradient in state:
-                master.grad = gradient.to(self.master_dtype)
-                optimizer.step()
-                master.grad = None
-            self._renew_parameters(unit)
-
-    def _renew_parameters(self, unit: _Unit) -> None:
-        """Round the master weights to parameters, and put them where the stage has them."""
-        # If both are in one dtype, they are the same memory.
-        shards = [master.to(self.dtype) for master in unit.masters]
-        if self.stage == 0:
-            unit.set_rows(shards)
-        elif self.stage == 3:
-            unit.shards = shards
-        else:
-            unit.drop_rows()  # before there are new ones
-            self._gather(unit, shards)
-
-    def _gather(self, unit: _Unit, shards: list[Tensor]) -> None:
-        """Put all shards on every device, while the devices compute.
-
-        It waits for all that the devices were given so far. So a unit is fetched when the one
-        before the present one is done and has left its memory: at most two are there at a time,
-        however far ahead the host is.
+        Returns, and raises, what :func:`course_lib.parallel.gradient_norm.clip_gradients` does.
         """
-        with self._sides.beside(shards):
-            unit.set_rows(all_gather(shards))
-        unit.arrived = self._sides.record_events()
+        self._exchange.join()
+        gradients = [each for unit in self.units for each in unit.gradients]
+        copies = 1 if self.stage else len(self.devices)
+        return clip_together(gradients[::copies], gradients, max_norm)
 
-    @contextmanager
-    def _whole(self, unit: _Unit, following: _Unit | None) -> Iterator[None]:
-        """Have all parameters of ``unit`` on every device, during the block at least."""
-        if self.stage == 3 and not len(unit.rows[0]):
-            self._gather(unit, unit.shards)
-        if self.stage == 3 and self.prefetch and following:
-            self._gather(following, following.shards)
-        for device, arrived in zip(self.devices, unit.arrived, strict=True):
-            arrived.wait(current_stream(device))
-        yield
-        if self.stage == 3:
-            unit.drop_rows()
+    def step(self) -> None:
+        """Update each device's part of the parameters, and put them where the stage has them.
+
+        Raises:
+            RuntimeError: there are no gradients.
+        """
+        self._exchange.join()
+        for unit in self.units:
+            if not unit.gradients:
+                raise RuntimeError(
+                    "there are no gradients to step with: call backward() first, and at least "
+                    "once outside of accumulate()"
+                )
+            for master, gradient in zip(unit.masters, unit.gradients, strict=True):
+                master.step(gradient)
+            self._exchange.put_parameters(unit)
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """All of them, to set a learning rate in their ``param_groups``."""
+        return [master.optimizer for unit in self.units for master in unit.masters]
 
     def to_model(self) -> nn.Sequential:
         """The whole model, on the host, in the precision of the master weights."""
         model = copy.deepcopy(self._empty_model).to_empty(device="cpu")
-        for unit, layers in zip(self.units, _split(model), strict=True):
-            parts = unit.masters if self.stage else unit.masters[:1]
-            vector_to_parameters(torch.cat([part.cpu() for part in parts]), layers.parameters())
+        model.load_state_dict(self.state_dict()["parameters"])
         return model
 
+    def state_dict(self) -> dict[str, Any]:
+        """Master weights and optimizer state, whole, on the host: for any number of devices.
 
-class _Unit:
-    """Layers whose parameters come and go together, and what each device has of them.
-
-    Attributes:
-        rows: all parameters one after the other, and zeros, so that N divides the length; of
-            length 0 while they are not there.
-        arrived: the moment at which the row is there.
-        shards: at stage 3, the device's part of the row.
-        masters, optimizers: that part (at stage 0 the row) in full precision, and what changes it.
-        gradients: those of that part, from backward until the next step begins.
-    """
-
-    def __init__(
-        self, layers: nn.Sequential, devices: Sequence[torch.device], dtype: torch.dtype
-    ) -> None:
-        self.layers = layers
-        self.rows = [torch.empty(0, dtype=dtype, device=d, requires_grad=True) for d in devices]
-        self.arrived = [event(device) for device in devices]
-        self.shards: list[Tensor] = []
-        self.masters: list[Tensor] = []
-        self.optimizers: list[torch.optim.Optimizer] = []
-        self.gradients: list[Tensor] = []
-
-    def set_rows(self, values: list[Tensor]) -> None:
-        for row, value in zip(self.rows, values, strict=True):
-            row.data = value  # to autograd it stays the same tensor
-
-    def drop_rows(self) -> None:
-        self.set_rows([row.new_empty(0) for row in self.rows])
-
-    def take_gradients(self) -> list[Tensor]:
-        gradients = [row.grad for row in self.rows]
-        for row in self.rows:
-            row.grad = None
-        return gradients
-
-    def forward(self, rank: int, x: Tensor) -> Tensor:
-        """Apply the layers on one device, with pieces of its row for their parameters.
-
-        Autograd keeps what backward will need, and would keep it in memory. Of a parameter it gets
-        to keep its place in the row, which may be dropped, and be there again for backward.
+        Returns:
+            ``{"parameters": {name: tensor}, "optimizer": {key: value}}``. A value is a dictionary
+            by name, as of Adam's moments, or one for all, as of the count of its steps. Options
+            such as the learning rate are not in it.
         """
-        row = self.rows[rank]
-        names, shapes = zip(*[(n, p.shape) for n, p in self.layers.named_parameters()], strict=True)
-        sizes = [shape.numel() for shape in shapes]
-        *pieces, _ = row.split([*sizes, len(row) - sum(sizes)])
-        views = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+        return gather_state(self.units, is_sharded=self.stage > 0)
 
-        def keep(tensor: Tensor) -> Tensor | tuple:
-            place = tensor.size(), tensor.stride(), tensor.storage_offset()
-            return place if tensor._base is row else tensor
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned, on these devices and at this stage.
 
-        def find(kept: Tensor | tuple) -> Tensor:
-            return row.detach().as_strided(*kept) if isinstance(kept, tuple) else kept
-
-        with saved_tensors_hooks(keep, find):
-            return torch.func.functional_call(self.layers, dict(zip(names, views, strict=True)), x)
-
-
-def _split(model: nn.Sequential) -> list[nn.Sequential]:
-    """One piece for each layer with parameters, and the layers without that follow it."""
-    pieces: list[list[nn.Module]] = [[]]
-    for layer in model:
-        if list(layer.parameters()) and list(nn.ModuleList(pieces[-1]).parameters()):
-            pieces.append([])
-        pieces[-1].append(layer)
-    return [nn.Sequential(*piece) for piece in pieces]
-
-
-def _with_next(units: list[_Unit]) -> Iterator[tuple[_Unit, _Unit | None]]:
-    return zip(units, [*units[1:], None], strict=True)
-
-
-def _check(
-    model: nn.Module, devices: Sequence[torch.device], stage: int, dtype: torch.dtype
-) -> None:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
-    buffers = [name for name, _ in model.named_buffers()]
-    dtypes = torch.bfloat16, torch.float32, torch.float64
-    for is_wrong, what in (
-        (not isinstance(model, nn.Sequential), f"the model is an nn.Sequential, not {type(model)}"),
-        (stage not in (0, 1, 2, 3), f"stage is 0 (nothing is sharded), 1, 2 or 3, not {stage!r}"),
-        (not devices, "there is no device"),
-        (dtype not in dtypes, f"dtype is one of {dtypes}, not {dtype}"),
-        (not parameters, "the model has no parameters"),
-        (frozen, f"these parameters are frozen, and a row is trained as one: {frozen}"),
-        (buffers, f"these buffers would differ from device to device: {buffers}"),
-        (
-            len(set(parameters.values())) < len(parameters),
-            "two layers share a parameter: build the model untied, as in GPT(..., tied=False)",
-        ),
-    ):
-        if is_wrong:
-            raise ValueError(f"Sharded cannot do this: {what}")
+        Raises:
+            ValueError: it is the state of a model with other parameters.
+        """
+        scatter_state(state, self.units, self._exchange.cut)
+        for unit in self.units:
+            self._exchange.put_parameters(unit)
 
 
 def bytes_a_parameter(stage: int, device_count: int) -> float:
