@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from course_lib import A100, memory_in_use, trace
 from course_lib.hardware import fresh_devices
 from course_lib.models import GPT, MLP, next_token_loss, parameter_count
-from course_lib.parallel import data_parallel, sharded_data_parallel
+from course_lib.parallel import data_parallel, flat_unit
 from course_lib.parallel.data_parallel import replicate, split_batch
 from course_lib.parallel.proof import largest_difference
 from course_lib.parallel.sharded_data_parallel import Sharded
@@ -196,13 +196,13 @@ def test_a_model_too_large_for_one_device_trains_at_stage_3() -> None:
 def test_so_many_units_are_gathered_at_once(monkeypatch, prefetch: bool, at_once: int) -> None:
     with fresh_devices(3, A100, "meta") as gpus:
         sharded = large_mlp(gpus, 3, depth=5, prefetch=prefetch)
-        seen, set_rows = [], sharded_data_parallel._Unit.set_rows
+        seen, set_rows = [], flat_unit.FlatUnit.set_rows
 
         def count_units(unit, values):
             set_rows(unit, values)
             seen.append(sum(len(each.rows[0]) > 0 for each in sharded.units))
 
-        monkeypatch.setattr(sharded_data_parallel._Unit, "set_rows", count_units)
+        monkeypatch.setattr(flat_unit.FlatUnit, "set_rows", count_units)
         step(sharded, 48)
         assert max(seen) == at_once
         assert seen[-1] == 0
@@ -281,3 +281,179 @@ def test_a_shard_is_needed_for_every_device(vgpus) -> None:
         sharded.train_step(split_batch(x, vgpus[:3]), split_batch(y, vgpus[:2]), F.cross_entropy)
     with pytest.raises(ValueError, match="one example at least"):
         sharded.train_step(*[split_batch(part[:0], vgpus[:2]) for part in (x, y)], F.cross_entropy)
+
+
+# Training: accumulation, clipping, groups, state.
+
+
+@stages
+def test_gradients_of_several_batches_add_up_to_those_of_one(vgpus, stage: int) -> None:
+    ((x, y),) = image_batches(13)
+    whole, pieces = (Sharded(an_mlp(), vgpus[:3], stage, torch.float64, ADAMW) for _ in range(2))
+    train(whole, [(x, y)], F.cross_entropy)
+    pieces.zero_grad()
+    with trace(strict=True):
+        *first, last = zip(x.split(5), y.split(5), strict=True)
+        with pieces.accumulate():
+            for batch in first:
+                pieces.backward(*[split_batch(p, vgpus[:3]) for p in batch], F.cross_entropy, 13)
+        pieces.backward(*[split_batch(part, vgpus[:3]) for part in last], F.cross_entropy, 13)
+        pieces.step()
+    assert largest_difference(whole.to_model(), pieces.to_model()) < CLOSE
+
+
+@pytest.mark.parametrize(("stage", "times"), [(0, 2), (1, 2), (2, 4), (3, 9)])
+def test_accumulation_is_free_up_to_stage_1(stage: int, times: int) -> None:
+    with fresh_devices(4, A100, "meta") as gpus:
+        sharded = large_mlp(gpus, stage)
+        xs = [torch.empty(1, 48, device=gpu) for gpu in gpus]
+        ys = [torch.empty(1, dtype=torch.int64, device=gpu) for gpu in gpus]
+        sharded.zero_grad()
+        with trace() as t:
+            with sharded.accumulate():
+                for _ in range(2):
+                    sharded.backward(xs, ys, F.cross_entropy, 12)
+            sharded.backward(xs, ys, F.cross_entropy, 12)
+            sharded.step()
+        assert t.bytes_sent(gpus[0]) == times * 3 * 2 * LARGE // 4
+
+
+def test_a_step_without_gradients_is_refused(vgpus) -> None:
+    sharded = Sharded(an_mlp(), vgpus[:2], 1, torch.float64)
+    with pytest.raises(RuntimeError, match="there are no gradients"):
+        sharded.step()
+    x, y = image_batches(4)[0]
+    with sharded.accumulate():
+        sharded.backward(split_batch(x, vgpus[:2]), split_batch(y, vgpus[:2]), F.cross_entropy)
+    with pytest.raises(RuntimeError, match="outside of accumulate"):
+        sharded.step()
+
+
+@stages
+def test_an_interrupted_step_can_be_dropped(vgpus, stage: int) -> None:
+    good, interrupted = (Sharded(an_mlp(), vgpus, stage, torch.float64, ADAMW) for _ in range(2))
+    ((x, y),) = image_batches(8)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.backward(split_batch(x, vgpus), split_batch(y, vgpus), stop)
+    with interrupted.accumulate():
+        interrupted.backward(split_batch(x, vgpus), split_batch(y, vgpus), F.cross_entropy)
+    for sharded in (good, interrupted):
+        train(sharded, [(x, y)], F.cross_entropy)
+    assert largest_difference(good.to_model(), interrupted.to_model()) == 0
+
+
+def stop(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    raise KeyboardInterrupt
+
+
+@stages
+def test_gradients_are_clipped_by_the_norm_of_the_whole_model(vgpus, stage: int) -> None:
+    ((x, y),) = image_batches(12)
+    model, sgd = an_mlp(), partial(torch.optim.SGD, lr=1.0)
+    sharded = Sharded(model, vgpus[:3], stage, torch.float64, sgd)
+    sharded.backward(split_batch(x, vgpus[:3]), split_batch(y, vgpus[:3]), F.cross_entropy)
+    norm = sharded.clip_gradients(0.05)
+    sharded.step()
+    F.cross_entropy(model(x), y).backward()
+    expected = nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+    sgd(model.parameters()).step()
+    assert norm.item() == pytest.approx(expected.item(), abs=CLOSE)
+    assert expected > 0.1
+    assert largest_difference(sharded.to_model(), model) < CLOSE
+
+
+def decay(name: str, parameter: nn.Parameter) -> dict:
+    return {"weight_decay": 0.5 if parameter.dim() >= 2 else 0.0, "lr": 0.1 if "2" in name else 0.2}
+
+
+@stages
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_groups_are_those_of_the_models_own_parameters(vgpus, stage: int, count: int) -> None:
+    model, gpus, batches = an_mlp(), vgpus[:count], image_batches(12, 7)
+    sharded = Sharded(model, gpus, stage, torch.float64, torch.optim.AdamW, decay)
+    train(sharded, batches, F.cross_entropy)
+
+    def with_groups(parameters) -> torch.optim.Optimizer:
+        names = [name for name, _ in model.named_parameters()]
+        pairs = zip(names, parameters, strict=True)
+        return torch.optim.AdamW([{"params": [p], **decay(name, p)} for name, p in pairs])
+
+    expected = lesson_02(model, gpus, batches, F.cross_entropy, with_groups)
+    assert largest_difference(sharded.to_model(), expected) < CLOSE
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize(("counts", "later"), [((4, 4), 3), ((4, 2), 3), ((4, 3), 1), ((2, 4), 0)])
+def test_training_goes_on_with_another_number_of_gpus(vgpus, stage, counts, later: int) -> None:
+    batches = image_batches(12, 7, 8, 5)
+    first = Sharded(an_mlp(), vgpus[: counts[0]], stage, torch.float64, ADAMW, decay)
+    train(first, batches[:2], F.cross_entropy)
+    second = Sharded(an_mlp(), vgpus[: counts[1]], later, torch.float64, ADAMW, decay)
+    second.load_state_dict(first.state_dict())
+    train(second, batches[2:], F.cross_entropy)
+    whole = Sharded(an_mlp(), vgpus[: counts[0]], stage, torch.float64, ADAMW, decay)
+    train(whole, batches, F.cross_entropy)
+    apart = largest_difference(second.to_model(), whole.to_model())
+    assert apart == 0 if counts == (4, 4) and stage == later else apart < CLOSE
+
+
+def test_a_state_of_another_model_is_refused(vgpus) -> None:
+    state = Sharded(an_mlp(), vgpus[:2], 1).state_dict()
+    with pytest.raises(ValueError, match=r"another model, which differs in \['2.bias'"):
+        Sharded(MLP(6, 7, 4, 5), vgpus[:2], 1).load_state_dict(state)
+
+
+def test_a_saved_state_is_a_copy(vgpus) -> None:
+    sharded = Sharded(an_mlp(), vgpus[:2], 0, torch.float64, ADAMW)
+    train(sharded, image_batches(8), F.cross_entropy)
+    state = sharded.state_dict()
+    moment = state["optimizer"]["exp_avg"]["0.weight"].clone()
+    train(sharded, image_batches(8), F.cross_entropy)
+    assert state["optimizer"]["step"] == 1
+    assert torch.equal(moment, state["optimizer"]["exp_avg"]["0.weight"])
+
+
+@stages
+def test_padded_targets_do_not_count(vgpus, stage: int) -> None:
+    model = an_mlp()
+    ((x, y),) = image_batches(12)
+    y[:5] = -100  # the first of three shards is all padding, the second in part
+    sharded = Sharded(model, vgpus[:3], stage, torch.float64, partial(torch.optim.SGD, lr=1.0))
+    losses = train(sharded, [(x, y)], F.cross_entropy)
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert sum(each.item() for each in losses) == pytest.approx(loss.item(), abs=CLOSE)
+    assert largest_difference(sharded.to_model(), model) < CLOSE
+
+
+def test_sums_in_float32_round_once() -> None:
+    """A bfloat16 ring rounds at every hop, of which 16 devices have 15."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 64, bias=False)), torch.randn(16, 64)
+    sgd = partial(torch.optim.SGD, lr=1.0)
+    x = x.bfloat16().float()
+    y = torch.randint(64, (16,))
+    errors = {}
+    for reduce_dtype in (None, torch.float32):
+        with fresh_devices(16) as gpus:
+            sharded = Sharded(model, gpus, 2, make_optimizer=sgd, reduce_dtype=reduce_dtype)
+            parts = split_batch(x, gpus), split_batch(y, gpus)
+            sharded.backward(*parts, F.cross_entropy)
+            sharded.clip_gradients(1e9)
+            ours = torch.cat([each.cpu().float() for each in sharded.units[0].gradients])
+            exact = torch.zeros(64 * 64, dtype=torch.float64)
+            for rank in range(16):
+                alone = Sharded(model, gpus[:1], 2, make_optimizer=sgd)
+                part = [each[rank : rank + 1] for each in (x, y)]
+                alone.backward(*[split_batch(p, gpus[:1]) for p in part], F.cross_entropy, 16)
+                alone.clip_gradients(1e9)
+                exact += alone.units[0].gradients[0].cpu().double()
+        errors[reduce_dtype] = (ours - exact).norm().item()
+    assert errors[torch.float32] < 0.05 * errors[None]
+
+
+def test_devices_may_be_strings(vgpus) -> None:
+    sharded = Sharded(an_mlp(), ["vgpu:0", "vgpu:1"], 3, torch.float64)
+    train(sharded, image_batches(8), F.cross_entropy)
+    assert sharded.devices == vgpus[:2]

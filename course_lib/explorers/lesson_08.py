@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from course_lib import style
 from course_lib.explorers.explorer import Explorer, choice
-from course_lib.parallel.sharded_data_parallel import bytes_a_parameter
+from course_lib.parallel.unit_exchange import bytes_a_parameter
 
 
 def explore_sharding() -> Explorer:

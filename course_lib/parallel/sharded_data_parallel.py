@@ -4,18 +4,8 @@ What lesson 08 derives. Rajbhandari and others, "ZeRO: Memory Optimizations Towa
 Parameter Models", 2020. PyTorch's own are ``ZeroRedundancyOptimizer`` (stage 1) and
 ``torch.distributed.fsdp.fully_shard`` (stages 2 and 3).
 
-In mixed precision a parameter takes 16 bytes: 2 for its bfloat16 value, 2 for its gradient, and 12
-for the optimizer's state in float32, which is the master weight and AdamW's two moments. With N
-devices, what each one holds, and what it sends in a step, as a multiple of the parameters:
-
-    =====  ==========  =========  ===============  =================  =============
-    stage  parameters  gradients  optimizer state  bytes a parameter  sent
-    =====  ==========  =========  ===============  =================  =============
-    0      all         all        all              16                 2 * (N - 1)/N
-    1      all         all        1/N              4 + 12/N           2 * (N - 1)/N
-    2      all         1/N        1/N              2 + 14/N           2 * (N - 1)/N
-    3      1/N         1/N        1/N              16/N               3 * (N - 1)/N
-    =====  ==========  =========  ===============  =================  =============
+:mod:`course_lib.parallel.unit_exchange` says what each stage holds and sends, and does the sending;
+:mod:`course_lib.parallel.flat_unit` is what a device has of some layers.
 """
 
 from __future__ import annotations
@@ -264,12 +254,7 @@ class Sharded:
         Raises:
             ValueError: it is the state of a model with other parameters.
         """
+        self._exchange.join()
         scatter_state(state, self.units, self._exchange.cut)
         for unit in self.units:
             self._exchange.put_parameters(unit)
-
-
-def bytes_a_parameter(stage: int, device_count: int) -> float:
-    """Bytes of parameters, gradients and optimizer state on each device, in mixed precision."""
-    n = device_count
-    return (16.0, 4 + 12 / n, 2 + 14 / n, 16 / n)[stage]

@@ -2,6 +2,19 @@
 
 Parameters come when a unit needs them, gradients leave when backward has them: both on side
 streams, while the devices compute.
+
+In mixed precision a parameter takes 16 bytes: 2 for its bfloat16 value, 2 for its gradient, and 12
+for the optimizer's state in float32, which is the master weight and AdamW's two moments. With N
+devices, what each one holds, and what it sends in a step, as a multiple of the parameters:
+
+    =====  ==========  =========  ===============  =================  =============
+    stage  parameters  gradients  optimizer state  bytes a parameter  sent
+    =====  ==========  =========  ===============  =================  =============
+    0      all         all        all              16                 2 * (N - 1)/N
+    1      all         all        1/N              4 + 12/N           2 * (N - 1)/N
+    2      all         1/N        1/N              2 + 14/N           2 * (N - 1)/N
+    3      1/N         1/N        1/N              16/N               3 * (N - 1)/N
+    =====  ==========  =========  ===============  =================  =============
 """
 
 from __future__ import annotations
@@ -100,3 +113,9 @@ class UnitExchange:
             for gradient, old in zip(gradients, unit.gradients, strict=False):  # at first, none
                 gradient.add_(old)
         unit.gradients = gradients
+
+
+def bytes_a_parameter(stage: int, device_count: int) -> float:
+    """Bytes of parameters, gradients and optimizer state on each device, in mixed precision."""
+    n = device_count
+    return (16.0, 4 + 12 / n, 2 + 14 / n, 16 / n)[stage]
