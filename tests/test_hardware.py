@@ -265,9 +265,9 @@ def test_a_device_may_be_given_by_its_name(vgpus):
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.__name__)
 def test_a_device_that_is_not_there_is_named(question, vgpus):
     for device in ("vgpu:4", torch.device("vgpu", 4)):
-        with pytest.raises(RuntimeError, match=r"^vgpu:4 does not exist: this machine has 4 virt"):
+        with pytest.raises(RuntimeError, match=r"^vgpu:4 does not exist: this machine has 4 "):
             question(device)
-    with pytest.raises(RuntimeError, match=r"^this is for GPUs, real or virtual, and not for 'cpu'"):
+    with pytest.raises(RuntimeError, match=r"^this is for GPUs, real or virtual, and not"):
         question("cpu")
     with pytest.raises(TypeError, match=r"^a device is a torch.device or its name"):
         question(3)
@@ -310,12 +310,12 @@ def test_what_is_made_elsewhere_is_refused_in_one_line(vgpus):
     ]
     with fresh_devices(1):
         for use in uses:
-            with pytest.raises(RuntimeError, match=r"^this tensor on vgpu:3 is of other virtual GP"):
+            with pytest.raises(RuntimeError, match=r"^this tensor on vgpu:3 is of other virtual"):
                 use()
         inside = torch.ones(3, 3, device="vgpu:0")
         stream = course_lib.stream("vgpu:0")
         for use in (mine.__enter__, mine.synchronize, mine.query, moment.synchronize):
-            with pytest.raises(RuntimeError, match=r"^this stream, or the stream of this event, is"):
+            with pytest.raises(RuntimeError, match=r"^this stream, or the stream of this event"):
                 use()
         with pytest.raises(RuntimeError, match="is of other virtual GPUs"):
             stream.wait_event(moment)

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 import course_lib
 from course_lib.models import MLP, parameter_count
+from course_lib.virtual import room
 from course_lib.virtual.memory import format_bytes
+from course_lib.virtual.operators import Operator
 
 Devices = list[torch.device]
 pytestmark = pytest.mark.usefixtures("vgpus")
@@ -204,6 +206,73 @@ def test_out_of_memory_loses_nothing_and_the_device_goes_on(allocate):
     del held, small
     assert in_use() == 0
     assert zeros(80 * MB).nbytes == 80 * MB
+
+
+@pytest.fixture
+def host_has_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who makes many numbers on the CPU is stopped."""
+    aten = torch.ops.aten
+    factories = (aten.empty.memory_format, aten.zeros.default, aten.randn.default)
+    others = (aten.full.default, aten.add.Tensor, aten.gt.Tensor, aten.mm.default)
+    for operator in map(Operator.of, (*factories, *others, aten.addmm.default)):
+
+        def run(*args, quiet=operator.run, **kwargs):
+            tensors = [value for value in args if isinstance(value, torch.Tensor)]
+            assert tensors and all(tensor.numel() == 1 for tensor in tensors), "the host works"
+            return quiet(*args, **kwargs)
+
+        monkeypatch.setattr(operator, "run", run)
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (lambda tall, wide: torch.randn(20_000, 20_000, device="vgpu:0"), "1.60 GB"),
+        (lambda tall, wide: torch.zeros((20_000, 5000), device="vgpu:0"), "400.00 MB"),
+        (lambda tall, wide: torch.empty(10**12, device="vgpu:0"), "4.00 TB"),
+        (lambda tall, wide: torch.zeros(10**9, dtype=torch.int8, device="vgpu:0"), "1.00 GB"),
+        (lambda tall, wide: torch.full((10**9,), True, device="vgpu:0"), "1.00 GB"),
+        (lambda tall, wide: tall + wide, "1.60 GB"),
+        (lambda tall, wide: tall > wide, "400.00 MB"),
+        (lambda tall, wide: tall @ wide, "1.60 GB"),
+        (lambda tall, wide: torch.addmm(wide, tall, wide), "1.60 GB"),
+    ],
+    ids=["randn", "zeros", "empty", "int8", "full", "add", "gt", "mm", "addmm"],
+)
+def test_what_cannot_fit_is_refused_before_the_host_works(make, size, request):
+    tall, wide = torch.ones(20_000, 1, device="vgpu:0"), torch.ones(1, 20_000, device="vgpu:0")
+    request.getfixturevalue("host_has_no_memory")
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        make(tall, wide)
+    assert f"Tried to allocate {size}. " in str(caught.value)
+    assert course_lib.memory_in_use("vgpu:0") == 160_000
+
+
+def test_what_fits_is_not_refused():
+    tall, wide = torch.ones(8000, 1, device="vgpu:0"), torch.ones(1, 8000, device="vgpu:0")
+    assert (tall > wide).nbytes == 64_000_000  # as float32 it would be 256 MB
+    assert torch.full((70_000_000,), False, device="vgpu:0").nbytes == 70_000_000
+    row = torch.ones(9000, device="vgpu:0")
+    assert (row * tall[:1]).shape == (1, 9000)
+
+
+def test_where_the_host_cannot_allocate_the_device_is_out_of_memory():
+    with pytest.raises(torch.OutOfMemoryError, match=r"^vgpu:0 out of memory. Tried to allocate"):
+        torch.ones(2, 2, device="vgpu:0").repeat(10**7, 10**7)
+
+
+def test_a_gpu_that_this_computer_cannot_back_is_said_to_be_so(monkeypatch: pytest.MonkeyPatch):
+    gpu = course_lib.devices(1, course_lib.A100)[0]
+    monkeypatch.setattr(room, "host_memory_left", lambda: 16e9)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        torch.zeros(5_000_000_000, device=gpu)
+    assert str(caught.value) == (
+        "vgpu:0 has room for 20.00 GB, but this computer, which keeps its numbers, has not. Ask "
+        "for smaller GPUs, as in devices(4, A100 / 1000), or for GPUs without numbers: "
+        "devices(..., backing='meta') keeps shapes, memory and time."
+    )
+    gpu = course_lib.devices(1, course_lib.A100, backing="meta")[0]
+    assert torch.zeros(5_000_000_000, device=gpu).nbytes == 20e9
 
 
 def test_out_of_memory_on_one_device_leaves_the_others_alone(vgpus: Devices):

@@ -13,6 +13,7 @@ How it works, in the order to read it:
 * ``cost``     the operations and bytes of one operator;
 * ``operators``  one operator: what it does to its arguments, and who runs it;
 * ``storages``  what ``untyped_storage()`` gives;
+* ``room``     whether what an operator returns will fit, asked before it runs;
 * ``tensor``   the tensor: numbers inside, a device's rules around them;
 * ``execution``  unwrap, check, run on the backing device, account, wrap;
 * ``special_operators``  copies, reads, dropout and others that do more than compute;

@@ -32,6 +32,7 @@ from course_lib.virtual.execution import finish
 from course_lib.virtual.generators import device_generator, refuse_generator
 from course_lib.virtual.machine import DEVICE_TYPE, machine
 from course_lib.virtual.operators import Operator
+from course_lib.virtual.room import check_factory, refuse_if_host_is_full
 from course_lib.virtual.special_operators import copy_
 from course_lib.virtual.tensor import index_of
 
@@ -154,12 +155,12 @@ def _create(func: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("generator") is not None:
         refuse_generator(kwargs["generator"])
     operator = Operator.of(func)
+    check_factory(operator, args, kwargs, index)
     with device_generator(index) if operator.is_random else nullcontext():
         try:
             out = operator.run(*args, **{**kwargs, "device": machine.backing})
         except RuntimeError as error:
-            if "can't allocate memory" in str(error):
-                raise torch.OutOfMemoryError(str(error)) from None
+            refuse_if_host_is_full(error, index)
             raise
     return finish(operator, [], {}, index, [], out)
 

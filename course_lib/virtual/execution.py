@@ -16,6 +16,7 @@ from course_lib.virtual.generators import device_generator, refuse_generator
 from course_lib.virtual.machine import DEVICE_TYPE, machine
 from course_lib.virtual.memory import Allocation
 from course_lib.virtual.operators import Operator, runs_all_others
+from course_lib.virtual.room import check_output, refuse_if_host_is_full
 from course_lib.virtual.tensor import VirtualTensor, device_of, index_of, wrap
 
 _is_alias_of = torch._C._is_alias_of
@@ -53,11 +54,18 @@ def execute(operator: Operator, args: tuple, kwargs: dict) -> Any:
             return operator.run(*inner_args, **inner_kwargs)
     if operator.host_waits:
         check_has_numbers(operator.name)
-    if operator.is_random:
-        with device_generator(index):
+    if operator.may_outgrow and len(tensors) > 1:
+        inner_tensors = [tensor.inner for tensor in tensors]
+        check_output(operator, inner_args, inner_kwargs, index, inner_tensors)
+    try:
+        if operator.is_random:
+            with device_generator(index):
+                out = operator.run(*inner_args, **inner_kwargs)
+        else:
             out = operator.run(*inner_args, **inner_kwargs)
-    else:
-        out = operator.run(*inner_args, **inner_kwargs)
+    except RuntimeError as error:
+        refuse_if_host_is_full(error, index)
+        raise
     return finish(operator, inner_args, inner_kwargs, index, tensors, out)
 
 

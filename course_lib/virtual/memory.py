@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import math
+import re
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -51,10 +54,16 @@ class Memory:
             self.tell_listeners()
         return Allocation(self, nbytes)
 
+    def check_free(self, nbytes: int) -> None:
+        """Raise what :meth:`allocate` would raise, and take nothing."""
+        if self.in_use + nbytes > self.capacity:
+            self._make_room(nbytes)
+
     def _make_room(self, nbytes: int) -> None:
         # Tensors in unreachable reference cycles are garbage that Python has not looked at yet.
         # Whether a program fits must not depend on when it last did.
-        gc.collect()
+        if nbytes <= self.capacity:
+            gc.collect()
         if self.in_use + nbytes > self.capacity:
             raise torch.OutOfMemoryError(
                 f"{self.device} out of memory. Tried to allocate {format_bytes(nbytes)}. "
@@ -113,3 +122,13 @@ def format_bytes(nbytes: float) -> str:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.2f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.2f} TB"
+
+
+def host_memory_left() -> float:
+    """Bytes that the host can still give without swapping; infinite where it does not say."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:  # not Linux
+        return math.inf
+    available = re.search(r"MemAvailable: *(\d+) kB", text)
+    return int(available[1]) * 1024 if available else math.inf

@@ -42,6 +42,9 @@ def _decompose(operator: Operator, args: tuple, kwargs: dict) -> Any:
     return operator.func.decompose(*args, **kwargs)
 
 
+_PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm}
+
+
 class Operator:
     """One operator: how to run it, and what it does to its arguments."""
 
@@ -72,6 +75,11 @@ class Operator:
             and "unsafe" not in self.name
         )
         self.may_resize = any(argument.is_out for argument in schema.arguments)
+        self.is_product = func._overloadpacket in _PRODUCTS
+        # Far more may come out than goes in: of a product, or of numbers that are broadcast.
+        self.may_outgrow = self.is_product or (
+            torch.Tag.pointwise in func.tags and not self.is_mutable
+        )
         self.is_random = torch.Tag.nondeterministic_seeded in func.tags
         # The host cannot go on without the number, or the shape.
         self.host_waits = torch.Tag.dynamic_output_shape in func.tags or (
