@@ -16,7 +16,7 @@ from course_lib.virtual.generators import device_generator, refuse_generator
 from course_lib.virtual.machine import DEVICE_TYPE, machine
 from course_lib.virtual.memory import Allocation
 from course_lib.virtual.operators import Operator, runs_all_others
-from course_lib.virtual.room import check_output, refuse_if_host_is_full
+from course_lib.virtual.room import MAY_OUTGROW, check_output, refuse_if_host_is_full
 from course_lib.virtual.tensor import VirtualTensor, device_of, index_of, wrap
 
 _is_alias_of = torch._C._is_alias_of
@@ -39,12 +39,14 @@ def execute(operator: Operator, args: tuple, kwargs: dict) -> Any:
         inner_kwargs[name] = _unwrap(value, tensors, host_tensors)
     index = tensors[0].index
     number = machine.number
+    nbytes_multiplied = 1.0
     for tensor in tensors:
-        memory = tensor.allocation.memory
-        if memory.machine_number != number:
-            machine.check_made_here(memory)
+        allocation = tensor.allocation
+        if allocation.memory.machine_number != number:
+            machine.check_made_here(allocation.memory)
         if tensor.index != index:
             raise mixed_devices(device_of(index), tensor.device)
+        nbytes_multiplied *= allocation.nbytes
     if host_tensors:
         _check_host_tensors(operator, index, host_tensors, inner_args, inner_kwargs)
     if "device" in kwargs:
@@ -54,7 +56,7 @@ def execute(operator: Operator, args: tuple, kwargs: dict) -> Any:
             return operator.run(*inner_args, **inner_kwargs)
     if operator.host_waits:
         check_has_numbers(operator.name)
-    if operator.may_outgrow and len(tensors) > 1:
+    if nbytes_multiplied > MAY_OUTGROW and operator.may_outgrow:
         inner_tensors = [tensor.inner for tensor in tensors]
         check_output(operator, inner_args, inner_kwargs, index, inner_tensors)
     try:
