@@ -38,7 +38,7 @@ FILES = [
     *("test_tensor_creation_ops.py", "test_type_promotion.py", "test_sort_and_select.py"),
     *("test_shape_ops.py", "nn/test_convolution.py", "nn/test_embedding.py"),
 ]
-SECONDS_A_TEST = 120
+SECONDS_A_TEST = 60
 ENDED_THE_PROCESS = "ended the process"
 KEPT = Path(__file__).parent.parent / "build" / "pytorch_tests"
 

@@ -21,19 +21,23 @@ from course_lib.virtual.adapters import (
     attention,
     autocast,
     compiler,
+    current_device,
     data_attribute,
+    dlpack,
+    generator_class,
     gradients,
     interrupt,
     modules,
     recurrent,
+    transformer,
 )
 from course_lib.virtual.adapters.device_module import DeviceModule
 from course_lib.virtual.execution import finish
-from course_lib.virtual.generators import device_generator, refuse_generator
+from course_lib.virtual.generators import check_generator, device_generator
 from course_lib.virtual.machine import DEVICE_TYPE, machine
 from course_lib.virtual.operators import Operator
 from course_lib.virtual.room import check_factory, refuse_if_host_is_full
-from course_lib.virtual.special_operators import copy_
+from course_lib.virtual.special_operators import copy_, item
 from course_lib.virtual.tensor import index_of
 
 aten = torch.ops.aten
@@ -82,6 +86,10 @@ def register() -> list[torch.library.Library]:
     compiler.prepare()
     storages.prepare()
     data_attribute.prepare()
+    current_device.prepare()
+    generator_class.prepare()
+    dlpack.prepare()
+    transformer.prepare()
     gradients.prepare()
     _prepare_backward()
     interrupt.install()
@@ -91,6 +99,8 @@ def register() -> list[torch.library.Library]:
     recurrent.register(library)
     # torch.tensor(..., device="vgpu:1") copies with the Python dispatcher switched off.
     library.impl("_copy_from", _copy_from, "PrivateUse1")
+    # torch.tensor([loss, other_loss]) reads numbers in the same way.
+    library.impl("_local_scalar_dense", _read, "PrivateUse1")
     return [library, *autocast.register(), pinned.register()]
 
 
@@ -139,10 +149,14 @@ def _register_operators(library: torch.library.Library) -> None:
             if base == "_efficientzerotensor":
                 func = aten.zeros.default  # zeros without memory, of which C++ alone can take care
             library.impl(name, partial(_create, func), "PrivateUse1")
-        elif on_cpu and composite:
+        elif (on_cpu and composite) or name in _CHECKED_BY_THE_CPU:
             # silu_backward and two more: a device without a kernel of its own gets the composite
             # one, which rounds differently. It is enough that there is a kernel.
             library.impl(name, _never_called, "PrivateUse1")
+
+
+# Composite operators that look at their numbers on the CPU alone.
+_CHECKED_BY_THE_CPU = {"one_hot"}
 
 
 def _never_called(*args: Any, **kwargs: Any) -> Any:
@@ -153,7 +167,7 @@ def _create(func: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     """Run a factory where the numbers are, and put what it made on the device."""
     index = index_of(kwargs["device"])
     if kwargs.get("generator") is not None:
-        refuse_generator(kwargs["generator"])
+        check_generator(kwargs["generator"])
     operator = Operator.of(func)
     check_factory(operator, args, kwargs, index)
     with device_generator(index) if operator.is_random else nullcontext():
@@ -167,3 +181,7 @@ def _create(func: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
 
 def _copy_from(source: torch.Tensor, destination: torch.Tensor, non_blocking: bool = False):
     return copy_(Operator.of(aten.copy_.default), (destination, source, non_blocking), {})
+
+
+def _read(number: torch.Tensor) -> Any:
+    return item(Operator.of(aten._local_scalar_dense.default), (number,), {})

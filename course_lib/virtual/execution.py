@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from course_lib.virtual import hazards
-from course_lib.virtual.generators import device_generator, refuse_generator
+from course_lib.virtual.generators import check_generator, device_generator
 from course_lib.virtual.machine import DEVICE_TYPE, machine
 from course_lib.virtual.memory import Allocation
 from course_lib.virtual.operators import Operator, runs_all_others
@@ -171,7 +171,7 @@ def _unwrap(value: Any, tensors: list[VirtualTensor], host_tensors: list[torch.T
     if kind is torch.Tensor or isinstance(value, torch.Tensor):
         host_tensors.append(value)
     elif kind is torch.Generator:
-        refuse_generator(value)
+        check_generator(value)
     return value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -31,9 +32,16 @@ def device_generator(index: int) -> Iterator[None]:
 _standard_generator_in_use = threading.RLock()  # all threads share the standard generator
 
 
-def refuse_generator(generator: torch.Generator) -> None:
-    """Raise an error, in the words of CUDA, and say what to do."""
-    raise RuntimeError(
-        f"Expected a '{DEVICE_TYPE}' device type for generator but found '{generator.device.type}'."
-        " Leave generator= out: each virtual GPU has its own, seeded by torch.manual_seed."
-    )
+# Those that torch.Generator(device="vgpu:1") made, by the address of what C++ hands on of them.
+made_for_devices: WeakValueDictionary[int, torch.Generator] = WeakValueDictionary()
+
+
+def check_generator(generator: torch.Generator) -> None:
+    """Raise an error, in the words of CUDA, if ``generator`` is not of a virtual GPU."""
+    if generator._cdata not in made_for_devices:
+        found = generator.device.type
+        raise RuntimeError(
+            f"Expected a '{DEVICE_TYPE}' device type for generator but found '{found}'. Make it "
+            f"with torch.Generator(device='{DEVICE_TYPE}:0'), or leave generator= out: each "
+            "virtual GPU has its own, seeded by torch.manual_seed."
+        )

@@ -88,6 +88,8 @@ def _to_copy(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
 def copy_(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
     """``a.copy_(b)``: the one operator that may have its tensors on two devices."""
     destination, source = args[0], args[1]
+    if not isinstance(source, torch.Tensor):  # x.copy_(1.0)
+        return destination.fill_(source)
     if not isinstance(destination, VirtualTensor):
         check_has_numbers("copy_ to the host")
     elif isinstance(source, VirtualTensor) and destination.index == source.index:
@@ -123,7 +125,7 @@ def _charge_copy(source: torch.Tensor, destination: torch.Tensor, host_waits: bo
 
 
 @runs(aten._local_scalar_dense.default)
-def _item(operator: Operator, args: tuple, kwargs: dict) -> Any:
+def item(operator: Operator, args: tuple, kwargs: dict) -> Any:
     """``x.item()``: the host waits for the device, then reads one number."""
     check_has_numbers(".item()")
     (tensor,) = args
@@ -212,3 +214,21 @@ def _dropout_backward(operator: Operator, args: tuple, kwargs: dict) -> VirtualT
     divisor = 1 / scale if scale else math.inf  # nothing was kept: the gradient is zero
     out = grad.inner * (mask.inner.to(grad.dtype) / divisor)
     return finish(operator, [], {}, grad.index, [grad, mask], out)
+
+
+@runs(aten.one_hot.default)
+def _one_hot(operator: Operator, args: tuple, kwargs: dict) -> VirtualTensor:
+    """``F.one_hot`` as on the CPU, which refuses a class that is out of range."""
+    if machine.backing.type != "meta":
+        return execute(operator, args, kwargs)
+    tensor, classes = args
+    return tensor.unsqueeze(-1).eq(torch.arange(classes, device=tensor.device)).long()
+
+
+@runs(aten.histc.default)
+def _histc(operator: Operator, args: tuple, kwargs: dict) -> VirtualTensor:
+    """``histc`` of whole numbers, which CUDA takes and the CPU does not."""
+    tensor, *rest = args
+    if tensor.is_floating_point():
+        return execute(operator, args, kwargs)
+    return execute(operator, (tensor.double(), *rest), kwargs).to(tensor.dtype)

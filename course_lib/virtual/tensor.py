@@ -115,6 +115,12 @@ class VirtualTensor(torch.Tensor):
         # PyTorch would ask its guard for the current device, and mean this tensor's.
         return super().new_tensor(data, device=self.device if device is None else device, **options)
 
+    def new(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(args) == 1 and type(args[0]) in (list, tuple):  # data, and not a shape
+            return self.new_tensor(args[0], dtype=self.dtype)
+        with torch.get_device_module(DEVICE_TYPE).device(self.device):  # as above
+            return super().new(*args, **kwargs)
+
     def pin_memory(self, device: Any = None) -> torch.Tensor:
         raise RuntimeError(f"cannot pin a tensor on {self.device}: only CPU tensors can be pinned")
 
@@ -149,6 +155,8 @@ def wrap(inner: torch.Tensor, index: int, allocation: Allocation | None = None) 
     layout = inner.layout
     if layout is not torch.strided:
         raise NotImplementedError(f"virtual GPUs hold dense tensors only, not {layout}")
+    if inner.is_nested:
+        raise NotImplementedError("virtual GPUs hold dense tensors only, not nested ones: pad them")
     if allocation is None:
         allocation = machine.memories[index].allocate(inner.untyped_storage().nbytes())
     # Positional arguments, because parsing names would take as long as all the rest.

@@ -1,0 +1,49 @@
+"""``torch.Generator(device="vgpu:1")``: a generator of one's own for draws on virtual GPUs.
+
+Its numbers are those that a generator of the same seed gives where the backing is. As on CUDA, a
+generator of the host is refused on a device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from course_lib.virtual.generators import made_for_devices
+from course_lib.virtual.machine import DEVICE_TYPE, machine
+from course_lib.virtual.tensor import device_of, index_of
+
+_InCpp = torch._C.Generator
+
+
+class _Kind(type(_InCpp)):
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, _InCpp)
+
+
+class Generator(_InCpp, metaclass=_Kind):
+    """What ``torch.Generator`` is once there are virtual GPUs."""
+
+    def __new__(cls, device: Any = "cpu") -> torch.Generator:
+        device = torch.device(device)
+        if device.type != DEVICE_TYPE:
+            return _InCpp(device)
+        index = index_of(device)
+        on_host = machine.backing.type == "meta"
+        self = super().__new__(cls, "cpu" if on_host else machine.backing)
+        self._virtual_device = device_of(index)
+        made_for_devices[self._cdata] = self
+        return self
+
+    def __init__(self, device: Any = "cpu") -> None:
+        pass  # all is done
+
+    @property
+    def device(self) -> torch.device:
+        return self._virtual_device
+
+
+def prepare() -> None:
+    """Put it in the place of PyTorch's class. To be called once."""
+    torch.Generator = Generator

@@ -1,0 +1,145 @@
+"""Everyday lines of PyTorch, each of which once failed on virtual GPUs with PyTorch's inner words."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import course_lib
+
+pytestmark = pytest.mark.usefixtures("vgpus")
+
+
+def test_a_tensor_of_losses():
+    losses = [torch.tensor(1.5, device="vgpu:1"), torch.tensor(2.5, device="vgpu:2")]
+    assert torch.tensor(losses).tolist() == [1.5, 2.5]
+    assert str(torch.tensor([losses, losses], device="vgpu:3").device) == "vgpu:3"
+
+
+def test_copy_from_a_number():
+    x = torch.zeros(2, device="vgpu:1")
+    assert x.copy_(3.0) is x and x.tolist() == [3, 3]
+
+
+def test_one_hot_refuses_a_class_that_is_out_of_range():
+    classes = torch.tensor([0, 5], device="vgpu:1")
+    assert F.one_hot(classes).shape == (2, 6)
+    with pytest.raises(RuntimeError, match="must be smaller than num_classes"):
+        F.one_hot(classes, 3)
+
+
+def test_one_hot_without_numbers():
+    course_lib.devices(1, backing="meta")
+    assert F.one_hot(torch.zeros(2, 3, dtype=torch.long, device="vgpu:0"), 7).shape == (2, 3, 7)
+
+
+def test_new_stays_with_its_tensor():
+    x = torch.ones(2, device="vgpu:2")
+    made = [x.new(2), x.new(2, 3), x.new(), x.new(torch.Size([4])), x.new([5.0, 6.0])]
+    assert [str(each.device) for each in made] == ["vgpu:2"] * 5
+    assert [tuple(each.shape) for each in made] == [(2,), (2, 3), (0,), (4,), (2,)]
+    assert made[-1].tolist() == [5, 6]
+
+
+def test_tensors_move_under_inference_mode():
+    with torch.inference_mode():
+        x = torch.arange(2.0, device="vgpu:0")
+        moved, beside = x.to("vgpu:1"), torch.ones(2, device="vgpu:2").to(x)
+    assert str(moved.device) == "vgpu:1" and moved.tolist() == [0, 1]
+    assert str(beside.device) == "vgpu:0" and type(beside.inner) is torch.Tensor
+
+
+def test_inference_counts_the_products_of_a_layer():
+    layer, x = nn.Linear(64, 32).to("vgpu:1"), torch.ones(8, 64, device="vgpu:1")
+    with torch.inference_mode(), course_lib.trace() as trace:
+        layer(x)
+    assert sum(span.flops for span in trace.spans) == 2 * 8 * 64 * 32
+
+
+NAMELESS: dict[str, Callable[[], torch.Tensor]] = {
+    "to": lambda: torch.ones(2).to("vgpu"),
+    "to another dtype": lambda: torch.ones(2).to("vgpu", torch.float64),
+    "to by keyword": lambda: torch.ones(2).to(device=torch.device("vgpu")),
+    "from a device": lambda: torch.ones(2, device="vgpu:1").to("vgpu"),
+    "tensor": lambda: torch.tensor([1.0], device="vgpu"),
+    "as_tensor": lambda: torch.as_tensor([1.0], device="vgpu"),
+    "zeros": lambda: torch.zeros(2, device="vgpu"),
+    "new_tensor": lambda: torch.ones(2).new_tensor([1.0], device="vgpu"),
+    "module": lambda: nn.Linear(2, 2).to("vgpu").weight,
+    "method": lambda: torch.ones(2).vgpu(),
+}
+
+
+@pytest.mark.parametrize("make", NAMELESS.values(), ids=NAMELESS)
+def test_a_device_without_an_index_is_the_current_one(make: Callable[[], torch.Tensor]):
+    with torch.vgpu.device(2):
+        assert str(make().device) == "vgpu:2"
+
+
+@pytest.mark.parametrize(
+    "export", [torch.from_dlpack, np.from_dlpack, lambda x: torch.utils.dlpack.to_dlpack(x)]
+)
+def test_dlpack_is_refused_in_one_line(export: Callable):
+    with pytest.raises(BufferError, match=r"on vgpu:1 cannot be exported.*Use x\.cpu") as caught:
+        export(torch.ones(2, device="vgpu:1"))
+    assert "\n" not in str(caught.value)
+    assert torch.from_dlpack(torch.ones(2)).tolist() == [1, 1]
+
+
+def test_histc_of_whole_numbers():
+    x = torch.tensor([1, 2, 2], device="vgpu:1")
+    assert torch.histc(x, bins=3).tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_transformer_in_evaluation_takes_a_padding_mask(grad: bool):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(2, 3, 8), torch.tensor([[False, False, True], [False] * 3])
+    with torch.set_grad_enabled(grad):
+        expected = model(x, src_key_padding_mask=padding)
+        on_gpu = copy.deepcopy(model).to("vgpu:1")
+        out = on_gpu(x.to("vgpu:1"), src_key_padding_mask=padding.to("vgpu:1")).cpu()
+    assert torch.allclose(out[~padding], expected[~padding], atol=1e-6)
+
+
+def test_nested_tensors_are_refused_in_one_line():
+    with pytest.raises(NotImplementedError, match="dense tensors only, not nested") as caught:
+        torch.nested.nested_tensor([torch.ones(2, device="vgpu:1")])
+    assert "\n" not in str(caught.value)
+
+
+# Generators of one's own.
+
+
+def test_a_generator_of_a_device_draws_what_its_seed_gives():
+    generator = torch.Generator(device="vgpu:1").manual_seed(3)
+    on_host = torch.Generator().manual_seed(3)
+    assert generator.device == torch.device("vgpu:1") and isinstance(generator, torch.Generator)
+    for _ in range(2):
+        drawn = torch.rand(3, device="vgpu:1", generator=generator)
+        assert torch.equal(drawn.cpu(), torch.rand(3, generator=on_host))
+    x = torch.empty(4, device="vgpu:1").normal_(generator=generator)
+    assert torch.equal(x.cpu(), torch.empty(4).normal_(generator=on_host))
+
+
+def test_a_generator_of_ones_own_leaves_the_devices_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3, device="vgpu:1").tolist()
+    torch.manual_seed(0)
+    torch.rand(3, device="vgpu:1", generator=torch.Generator("vgpu:1"))
+    assert torch.rand(3, device="vgpu:1").tolist() == expected
+
+
+def test_generators_of_the_host_stay_what_they_were():
+    assert isinstance(torch.default_generator, torch.Generator)
+    assert torch.Generator().device == torch.device("cpu")
+    with pytest.raises(RuntimeError, match="Expected a 'vgpu' device type for generator"):
+        torch.rand(2, device="vgpu:1", generator=torch.Generator())
