@@ -1,4 +1,4 @@
-"""Everyday lines of PyTorch, each of which once failed on virtual GPUs with PyTorch's inner words."""
+"""Everyday lines of PyTorch, each of which once failed on virtual GPUs with inner words."""
 
 from __future__ import annotations
 

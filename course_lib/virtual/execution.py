@@ -170,7 +170,7 @@ def _unwrap(value: Any, tensors: list[VirtualTensor], host_tensors: list[torch.T
         return kind([_unwrap(item, tensors, host_tensors) for item in value])
     if kind is torch.Tensor or isinstance(value, torch.Tensor):
         host_tensors.append(value)
-    elif kind is torch.Generator:
+    elif kind is torch._C.Generator:
         check_generator(value)
     return value
 

@@ -232,3 +232,14 @@ def _histc(operator: Operator, args: tuple, kwargs: dict) -> VirtualTensor:
     if tensor.is_floating_point():
         return execute(operator, args, kwargs)
     return execute(operator, (tensor.double(), *rest), kwargs).to(tensor.dtype)
+
+
+@runs(aten._new_zeros_with_same_feature_meta.default)
+def _zeros_of_form(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
+    """Zeros beside the first tensor in the form of the second, which may be on another device."""
+    self, other = args
+    if kwargs or self.device == other.device:
+        return execute(operator, args, kwargs)
+    count = other.untyped_storage().nbytes() // other.element_size()
+    row = torch.zeros(count, dtype=self.dtype, device=self.device)
+    return row.as_strided(other.shape, other.stride(), other.storage_offset())
