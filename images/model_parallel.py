@@ -1,16 +1,13 @@
 """Lesson 04: model parallelism by layers. The model is too large for one GPU; each GPU has a layer.
 
 Activations cross the boundaries to the right in the forward pass, their gradients to the left in
-the backward pass. Each GPU waits for its neighbour: at any moment three of the four are idle.
+the backward pass.
 """
 
 from drawing import (
     ACTIVATION,
-    BACKWARD,
     DATA,
-    FORWARD,
     GRADIENT,
-    GREY,
     INK,
     LAYER,
     SOFT,
@@ -21,24 +18,19 @@ from drawing import (
 GPUS = 4
 GPU_WIDTH, GAP = 132, 108
 TOP, GPU_HEIGHT = 132, 138
-TIME_LEFT, TIME_TOP, ROW = 96, 352, 34
-BACKWARD_TIME = 2  # in forward times
 
 
 def draw() -> str:
     picture = Picture(
-        560,
+        290,
         "Model parallelism: one layer on each of four GPUs",
         "A model of four layers is too large for the memory of one GPU, so each of four GPUs holds "
         "one layer. In the forward pass activations move to the right, from GPU to GPU; in the "
-        "backward pass their gradients move to the left. A timeline below shows a staircase: the "
-        "forward passes go down from GPU 0 to GPU 3, one after the other, then the backward passes "
-        "go up again. Everywhere else the GPUs are idle.",
+        "backward pass their gradients move to the left.",
     )
     draw_model(picture)
     for i in range(GPUS):
         draw_gpu(picture, i)
-    draw_timeline(picture)
     return picture.svg()
 
 
@@ -81,42 +73,6 @@ def draw_gpu(picture: Picture, index: int) -> None:
     picture.arrow((end, TOP + 88), (start, TOP + 88), colour=GRADIENT, thickness=4)
     picture.text(middle, TOP + 106, "backward:", bold=True)
     picture.text(middle, TOP + 124, "gradients")
-
-
-def draw_timeline(picture: Picture) -> None:
-    """The stairs: down in the forward pass, up in the backward pass."""
-    total = GPUS * (1 + BACKWARD_TIME)
-    unit = (876 - TIME_LEFT) / total
-    words = "Who works when: three of the four GPUs are idle at any moment"
-    picture.text(24, TIME_TOP - 40, words, 15, "start", bold=True)
-    for i in range(GPUS):
-        top = TIME_TOP + i * (ROW + 6) - 16
-        picture.text(24, top + ROW / 2, f"GPU {i}", 14, "start", bold=True)
-        back = total - BACKWARD_TIME * (i + 1)
-        idle(picture, top, 0, i, unit)
-        work(picture, top, i, 1, unit, "forward", FORWARD)
-        idle(picture, top, i + 1, back - i - 1, unit)
-        work(picture, top, back, BACKWARD_TIME, unit, "backward", BACKWARD)
-        idle(picture, top, back + BACKWARD_TIME, total - back - BACKWARD_TIME, unit)
-    y = TIME_TOP + GPUS * (ROW + 6) - 8
-    picture.arrow((TIME_LEFT, y), (876, y), colour=SOFT)
-    picture.text(876, y + 19, "time", anchor="end", colour=SOFT)
-
-
-def work(
-    picture: Picture, top: float, start: float, length: float, unit: float, words: str, colour: str
-) -> None:
-    left = TIME_LEFT + start * unit
-    picture.box(left + 1, top, length * unit - 2, ROW, words, colour, size=14, strength=0.35)
-
-
-def idle(picture: Picture, top: float, start: float, length: float, unit: float) -> None:
-    if not length:
-        return
-    left, width = TIME_LEFT + start * unit, length * unit
-    picture.rect(left + 1, top, width - 2, ROW, "url(#hatch)", GREY, thickness=1)
-    picture.rect(left + width / 2 - 20, top + 7, 40, ROW - 14, "white", radius=8)
-    picture.text(left + width / 2, top + ROW / 2, "idle", colour=SOFT)
 
 
 if __name__ == "__main__":

@@ -1,59 +1,104 @@
-"""Checks of lesson 04: forward across stages, boundary bytes, balance, overlap."""
+"""Checks of lesson 04: backward over boundaries, balance, overlap."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import pairwise
 from numbers import Integral
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from course_lib import format_bytes, hardware, timeline
-from course_lib.exercises.verdict import Verdict, Wrong, check, require_number, right
-from course_lib.models import GPT, MLP
+from course_lib.exercises.diagnosis import Unchanged, require_finite, require_not_over_host
+from course_lib.exercises.verdict import Verdict, Wrong, check, right
+from course_lib.models import MLP
 from course_lib.parallel.layer_parallel import LayerParallel, balanced_cuts
 
 
 @check
-def check_forward(forward_across: Callable) -> Verdict:
-    """Graded on the output, its device, the first stage's gradients, and the bytes moved."""
-    with hardware.fresh_devices(4) as gpus:
-        model = MLP(64, 64, 64, 64, 10)
-        x = torch.randn(32, 64)
-        with torch.no_grad():
-            expected = model(x)
-        placed = LayerParallel(model, gpus, [2, 4, 6])
-        x = x.to(gpus[0])
+def check_backward(backward_by_hand: Callable) -> Verdict:
+    """Graded on graphs that end at the boundaries, on gradients, and on the bytes moved."""
+    with hardware.fresh_devices(3) as gpus:
+        model = MLP(64, 48, 32, 24, 10)
+        x, y = torch.randn(32, 64), torch.randint(10, (32,))
+        F.cross_entropy(model(x), y).backward()
+        expected = [parameter.grad for parameter in model.parameters()]
+        placed = LayerParallel(copy.deepcopy(model), gpus, [2, 4])
+        placed.zero_grad()
+        stages = [_Watched(stage) for stage in placed.stages]
+        x, y = x.to(gpus[0]), y.to(gpus[2])
+        unchanged = Unchanged({"the parameters": placed, "x": x})
         with timeline.trace() as t:
-            output = forward_across(list(placed.stages), list(gpus), x)
-        for index, (stage, gpu) in enumerate(zip(placed.stages, gpus, strict=True)):
-            if any(parameter.device != gpu for parameter in stage.parameters()):
+            backward_by_hand(list(stages), list(gpus), x, y, F.cross_entropy)
+        unchanged.require()
+        _require_cut(stages)
+        facts = [_bytes_fact(t, stages)]
+        require_not_over_host(t, "activations or gradients", facts)
+        for index, stage in enumerate(placed.stages):
+            if any(parameter.grad is None for parameter in stage.parameters()):
                 raise Wrong(
-                    f"stages[{index}] is no longer on {gpu}: move the activations to the layers, "
-                    "not the layers to the activations."
+                    f"stages[{index}] has no gradients: hand the gradient that came over its "
+                    "boundary to its output, out.backward(gradient).",
+                    facts,
                 )
-        _require_output(output, expected, gpus[-1])
-        moved, target = sum(t.bytes_moved.values()), 3 * x.nbytes
-        facts = [("bytes moved", format_bytes(moved), format_bytes(target))]
-        if any("host" in route for route in t.bytes_moved):
-            raise Wrong("activations went over the host: move them from GPU to GPU.", facts)
-        if moved > target:
+        gradients = [parameter.grad.cpu() for parameter in placed.parameters()]
+        require_finite(gradients, "the gradients")
+        for index, (ours, theirs) in enumerate(zip(gradients, expected, strict=True)):
+            if not torch.allclose(ours, theirs, atol=1e-6):
+                raise Wrong(
+                    f"the gradients of stages[{index // 2 if index < 4 else 2}] are not those of "
+                    "one GPU. Is each stage run once, and does each gradient go to the output of "
+                    "the stage before?",
+                    facts,
+                )
+        if t.bytes_between_devices > _boundary_bytes(stages):
+            raise Wrong("more crossed the boundaries than one tensor each way.", facts)
+        return right("no graph crosses a boundary, and the gradients are those of one GPU.", facts)
+
+
+class _Watched(nn.Module):
+    """A stage that remembers what it was given and what it returned."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage = stage
+        self.given: list[Tensor] = []
+        self.returned: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.given.append(x)
+        self.returned.append(self.stage(x))
+        return self.returned[-1]
+
+
+def _require_cut(stages: list[_Watched]) -> None:
+    for index, stage in enumerate(stages):
+        if not stage.given:
+            raise Wrong(f"stages[{index}] was never run.")
+        if not stage.returned[-1].requires_grad:
+            raise Wrong(f"stages[{index}] ran under no_grad: it cannot go backward.")
+        if index and any(x.grad_fn is not None for x in stage.given):
             raise Wrong(
-                "more crossed the links than each activation its one boundary: send it from its "
-                "stage's GPU to the next stage's, and nowhere else.",
-                facts,
+                f"what stages[{index}] received still has a graph behind it: detach it, so that "
+                "its backward stops there."
             )
-        if not output.requires_grad:
-            raise Wrong("the output knows no way back: leave out detach, .data and no_grad.", facts)
-        output.sum().backward()
-        if any(parameter.grad is None for parameter in placed.parameters()):
+        if index and not all(x.requires_grad for x in stage.given):
             raise Wrong(
-                "gradients do not reach the first stage: the graph is cut at a boundary. "
-                "Leave out detach and .data.",
-                facts,
+                f"what stages[{index}] received asks for no gradient: without requires_grad_() "
+                "nothing comes back over its boundary."
             )
-        return right("each activation crossed each boundary once, and gradients find back.", facts)
+
+
+def _boundary_bytes(stages: list[_Watched]) -> int:
+    return 2 * sum(stage.returned[0].nbytes for stage in stages[:-1])
+
+
+def _bytes_fact(t: timeline.Trace, stages: list[_Watched]) -> tuple[str, str, str]:
+    moved, target = t.bytes_between_devices, _boundary_bytes(stages)
+    return "bytes between GPUs", format_bytes(moved), f"at most {format_bytes(target)}"
 
 
 def _require_output(output: object, expected: Tensor, gpu: torch.device) -> None:
@@ -70,43 +115,6 @@ def _require_output(output: object, expected: Tensor, gpu: torch.device) -> None
 
 
 @check
-def check_bytes(bytes_of_step: Callable[..., float]) -> Verdict:
-    """Graded against the formula, which for float32 is compared with the meter first."""
-    cases = [(2, 8, 16, 2, 4), (2, 8, 16, 3, 4), (4, 32, 64, 4, 2), (8, 16, 32, 1, 4)]
-    for B, T, D, stages, size in cases:
-        answer = require_number(bytes_of_step(B, T, D, stages, size))
-        one_way = B * T * D * size * (stages - 1)
-        expected = 2 * one_way
-        if answer == expected:
-            continue
-        kinds = {
-            one_way: "That is forward only: the gradients come back.",
-            2 * B * T * D * size * stages: "There is one boundary fewer than there are stages.",
-            B * T * D * size * stages: "That is forward only, and there is one boundary fewer than "
-            "there are stages.",
-            3 * one_way: "Backward sends one gradient over a boundary, as large as the activation.",
-            expected / size: "That is numbers, not bytes.",
-            expected * 4 / size: "A bfloat16 number has 2 bytes, not 4.",
-        }
-        raise Wrong(
-            f"B={B}, T={T}, D={D} in {stages} stages, {size} bytes a number: {expected:,} bytes "
-            f"cross, and you say {answer:,.0f}. {kinds.get(answer, '')}".strip()
-        )
-    measured = _measured_bytes(*cases[1][:4])
-    facts = [("bytes, in 3 stages", f"{bytes_of_step(*cases[1]):,}", f"{measured:,} by the meter")]
-    return right("the formula agrees with the meter.", facts)
-
-
-def _measured_bytes(B: int, T: int, D: int, stages: int) -> int:
-    with hardware.fresh_devices(stages) as gpus:
-        model = GPT(20, context=T, width=D, heads=2, depth=stages, tied=False)
-        placed = LayerParallel(model, gpus, list(range(2, stages + 1)))
-        with timeline.trace() as t:
-            placed(torch.zeros(B, T, dtype=torch.int64)).sum().backward()
-    return t.bytes_between_devices
-
-
-@check
 def check_balance(balance: Callable[[list[float], int], list[int]]) -> Verdict:
     """Graded on the cost of the costliest stage, beside the best there is."""
     cases = [
@@ -116,6 +124,8 @@ def check_balance(balance: Callable[[list[float], int], list[int]]) -> Verdict:
         ([5, 5, 1, 1, 1, 1, 1, 1, 8], 4),
         ([0, 10, 10, 10, 10, 10, 10, 55], 3),
         ([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], 5),
+        ([5, 3, 9, 1], 3),
+        ([1, 7, 2, 2, 3], 3),
         ([7], 1),
     ]
     for costs, count in cases:
@@ -178,8 +188,8 @@ def check_halves(forward_overlapped: Callable) -> Verdict:
             raise Wrong("activations went over the host, which waits for each of them.", facts)
         if ratio > 0.85 and _seconds_together(t) < 0.01 * t.seconds:
             raise Wrong(
-                "the output is right, but the GPUs still work one after the other. Cut the batch, "
-                "send each part on before the first GPU starts the next, and read nothing between.",
+                "the output is right, but the GPUs still work one after the other. "
+                + _why_not_together(t),
                 facts,
             )
         if ratio > 1.05:
@@ -194,6 +204,21 @@ def check_halves(forward_overlapped: Callable) -> Verdict:
                 facts,
             )
         return right("both GPUs work at the same time.", facts)
+
+
+def _why_not_together(t: timeline.Trace) -> str:
+    """What keeps the second GPU waiting."""
+    copies = [span for span in t.spans if span.route == (0, 1)]
+    products = [span.start for span in t.spans if span.kind == "matmul" and span.device == 1]
+    if len(copies) > 1 and products and max(span.end for span in copies) <= min(products):
+        return (
+            "All parts are copied before the second GPU starts its first: its queue has the "
+            "copies before the work. Enqueue the second stage for each part as soon as it is sent."
+        )
+    return (
+        "Cut the batch, send each part on before the first GPU starts the next, and read nothing "
+        "between."
+    )
 
 
 def _seconds_together(t: timeline.Trace) -> float:

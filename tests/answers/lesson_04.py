@@ -2,266 +2,121 @@
 
 from __future__ import annotations
 
-from functools import reduce
 from itertools import accumulate, combinations, pairwise
 
 import numpy as np
 import torch
-from torch import nn
 
 import course_lib
 from course_lib.exercises import lesson_04
 from course_lib.parallel import layer_parallel
 from exercise_answers import Answers
 
-FORWARD = Answers("04", "forward", lesson_04.check_forward)
-BYTES = Answers("04", "bytes", lesson_04.check_bytes)
+BACKWARD = Answers("04", "backward", lesson_04.check_backward)
 BALANCE = Answers("04", "balance", lesson_04.check_balance)
 HALVES = Answers("04", "halves", lesson_04.check_halves)
-EXERCISES = [FORWARD, BYTES, BALANCE, HALVES]
+EXERCISES = [BACKWARD, BALANCE, HALVES]
 
 
-# ------------------------------------------------------------------------- 1. forward, across
+# ------------------------------------------------ 1. backward by hand, over three stages
 
 
-@FORWARD.right
-def by_index(stages, gpus, x):
-    h = x
-    for i in range(len(stages)):
-        h = stages[i](h if i == 0 else h.to(gpus[i], non_blocking=True))
-    return h
+@BACKWARD.right
+def line_by_line(stages, gpus, x, y, loss_function):
+    h0 = stages[0](x)
+    r1 = h0.detach().to(gpus[1]).requires_grad_()
+    h1 = stages[1](r1)
+    r2 = h1.detach().to(gpus[2]).requires_grad_()
+    loss_function(stages[2](r2), y).backward()
+    h1.backward(r2.grad.to(gpus[1]))
+    h0.backward(r1.grad.to(gpus[0]))
 
 
-@FORWARD.right
-def one_line_a_stage(stages, gpus, x):
-    first, second, third, last = stages
-    h = first(x)
-    h = second(h.to(gpus[1]))
-    h = third(h.to(gpus[2]))
-    return last(h.to(gpus[3]))
+@BACKWARD.right
+def with_autograd_grad_and_a_recursion(stages, gpus, x, y, loss_function):
+    def go(i, received):
+        out = stages[i](received)
+        if i == 2:
+            loss_function(out, y).backward()
+            return
+        onwards = out.detach().to(gpus[i + 1])
+        onwards.requires_grad = True
+        go(i + 1, onwards)
+        torch.autograd.backward([out], [onwards.grad.to(out.device)])
+
+    go(0, x)
 
 
-@FORWARD.right
-def reduce_over_the_stages(stages, gpus, x):
-    return reduce(
-        lambda h, stage: stage(h.to(next(stage.parameters()).device, copy=False)), stages, x
-    )
-
-
-@FORWARD.right
-def layer_by_layer(stages, gpus, x):
+@BACKWARD.wrong("stages[1] received still has a graph", "detach")
+def leaving_it_to_autograd(stages, gpus, x, y, loss_function):
     for stage, gpu in zip(stages, gpus, strict=True):
-        x = x.to(device=gpu)
-        for layer in stage:
-            x = layer(x)
-    return x
+        x = stage(x.to(gpu))
+    loss_function(x, y).backward()
 
 
-@FORWARD.right
-def copying_into_a_buffer(stages, gpus, x):
-    h = stages[0](x)
-    for stage, gpu in zip(stages[1:], gpus[1:], strict=True):
-        h = stage(torch.empty(h.shape, device=gpu).copy_(h))
-    return h
+@BACKWARD.wrong("asks for no gradient", "requires_grad_()")
+def detaching_and_no_more(stages, gpus, x, y, loss_function):
+    h1 = stages[1](stages[0](x).detach().to(gpus[1]))
+    loss_function(stages[2](h1.detach().to(gpus[2])), y).backward()
 
 
-@FORWARD.wrong("do not reach the first stage", "cut at a boundary", "detach")
-def detach_at_every_boundary(stages, gpus, x):
-    for stage, gpu in zip(stages, gpus, strict=True):
-        x = stage(x.detach().to(gpu))
-    return x
+@BACKWARD.wrong("stages[0] has no gradients")
+def stopping_before_the_first_stage(stages, gpus, x, y, loss_function):
+    h0 = stages[0](x)
+    r1 = h0.detach().to(gpus[1]).requires_grad_()
+    h1 = stages[1](r1)
+    r2 = h1.detach().to(gpus[2]).requires_grad_()
+    loss_function(stages[2](r2), y).backward()
+    h1.backward(r2.grad.to(gpus[1]))
 
 
-@FORWARD.wrong("do not reach the first stage", "cut at a boundary")
-def a_leaf_at_every_boundary(stages, gpus, x):
-    for stage, gpu in zip(stages, gpus, strict=True):
-        x = stage(x.detach().to(gpu).requires_grad_())
-    return x
+@BACKWARD.wrong("stopped with RuntimeError", "grad can be implicitly created only for scalar")
+def backward_without_a_gradient(stages, gpus, x, y, loss_function):
+    h0 = stages[0](x)
+    r1 = h0.detach().to(gpus[1]).requires_grad_()
+    h1 = stages[1](r1)
+    r2 = h1.detach().to(gpus[2]).requires_grad_()
+    loss_function(stages[2](r2), y).backward()
+    h1.backward()
 
 
-@FORWARD.wrong("do not reach the first stage", ".data")
-def data_at_one_boundary(stages, gpus, x):
-    h = stages[0](x).data
-    for stage, gpu in zip(stages[1:], gpus[1:], strict=True):
-        h = stage(h.to(gpu))
-    return h
+@BACKWARD.wrong("over the host")
+def carrying_over_the_host(stages, gpus, x, y, loss_function):
+    h0 = stages[0](x)
+    r1 = h0.detach().cpu().to(gpus[1]).requires_grad_()
+    h1 = stages[1](r1)
+    r2 = h1.detach().cpu().to(gpus[2]).requires_grad_()
+    loss_function(stages[2](r2), y).backward()
+    h1.backward(r2.grad.to(gpus[1]))
+    h0.backward(r1.grad.to(gpus[0]))
 
 
-@FORWARD.wrong("knows no way back", "no_grad")
-def no_grad(stages, gpus, x):
+@BACKWARD.wrong("not those of one GPU")
+def a_gradient_of_ones_for_the_first_stage(stages, gpus, x, y, loss_function):
+    h0 = stages[0](x)
+    r1 = h0.detach().to(gpus[1]).requires_grad_()
+    h1 = stages[1](r1)
+    r2 = h1.detach().to(gpus[2]).requires_grad_()
+    loss_function(stages[2](r2), y).backward()
+    h1.backward(r2.grad.to(gpus[1]))
+    h0.backward(torch.ones_like(h0))
+
+
+@BACKWARD.wrong("was never run")
+def two_stages_only(stages, gpus, x, y, loss_function):
+    stages[0](x)
+    stages[1](torch.ones(32, 48, device=gpus[1], requires_grad=True))
+
+
+@BACKWARD.wrong("the parameters changed")
+def a_step_inside(stages, gpus, x, y, loss_function):
+    line_by_line(stages, gpus, x, y, loss_function)
     with torch.no_grad():
-        for stage, gpu in zip(stages, gpus, strict=True):
-            x = stage(x.to(gpu))
-    return x
+        for parameter in stages[0].parameters():
+            parameter -= parameter.grad
 
 
-@FORWARD.wrong("knows no way back", "detach")
-def detaching_the_output(stages, gpus, x):
-    for stage, gpu in zip(stages, gpus, strict=True):
-        x = stage(x.to(gpu))
-    return x.detach()
-
-
-@FORWARD.wrong("over the host", "from GPU to GPU")
-def going_over_the_host(stages, gpus, x):
-    for stage, gpu in zip(stages, gpus, strict=True):
-        x = stage(x.cpu().to(gpu))
-    return x
-
-
-@FORWARD.wrong("more crossed the links", "its stage's GPU to the next stage's")
-def gathering_every_activation_on_the_first_gpu(stages, gpus, x):
-    for stage, gpu in zip(stages, gpus, strict=True):
-        x = stage(x.to(gpus[0]).to(gpu))
-    return x
-
-
-@FORWARD.wrong("should be on vgpu:3, and is on vgpu:0")
-def bringing_the_output_home(stages, gpus, x):
-    for stage, gpu in zip(stages, gpus, strict=True):
-        x = stage(x.to(gpu))
-    return x.to(gpus[0])
-
-
-@FORWARD.wrong("stages[1] is no longer on vgpu:1", "not the layers to the activations")
-def moving_the_stages_to_the_first_gpu(stages, gpus, x):
-    for stage in stages:
-        x = stage.to(gpus[0])(x)
-    return x.to(gpus[-1])
-
-
-@FORWARD.wrong("numbers are not", "in order")
-def the_middle_stages_in_the_wrong_order(stages, gpus, x):
-    for i in (0, 2, 1, 3):
-        x = stages[i](x.to(gpus[i]))
-    return x
-
-
-@FORWARD.wrong("stopped with RuntimeError", "shapes cannot be multiplied")
-def the_stages_backwards(stages, gpus, x):
-    for stage, gpu in zip(reversed(stages), reversed(gpus), strict=True):
-        x = stage(x.to(gpu))
-    return x
-
-
-@FORWARD.wrong("does every stage run")
-def skipping_a_stage(stages, gpus, x):
-    for i in (0, 1, 3):
-        x = stages[i](x.to(gpus[i]))
-    return x
-
-
-@FORWARD.wrong("does every stage run")
-def the_input_for_every_stage(stages, gpus, x):
-    for stage, gpu in zip(stages, gpus, strict=True):
-        output = stage(x.to(gpu))
-    return output
-
-
-@FORWARD.wrong("shape (32, 64)", "should have (32, 10)")
-def leaving_out_the_last_stage(stages, gpus, x):
-    for stage, gpu in zip(stages[:-1], gpus[:-1], strict=True):
-        x = stage(x.to(gpu))
-    return x.to(gpus[-1])
-
-
-@FORWARD.wrong("stopped with RuntimeError", "same device")
-def not_moving_the_activations(stages, gpus, x):
-    return nn.Sequential(*stages)(x)
-
-
-@FORWARD.wrong("should return a tensor", "None")
-def forgetting_to_return(stages, gpus, x):
-    for stage, gpu in zip(stages, gpus, strict=True):
-        x = stage(x.to(gpu))
-
-
-@FORWARD.wrong("should return a tensor", "[tensor")
-def every_stages_output(stages, gpus, x):
-    outputs = [x]
-    for stage, gpu in zip(stages, gpus, strict=True):
-        outputs.append(stage(outputs[-1].to(gpu)))
-    return outputs
-
-
-# -------------------------------------------------------------- 2. bytes over the boundaries
-
-
-@BYTES.right
-def the_function_of_the_module(B, T, D, stages, bytes_a_number):
-    return layer_parallel.boundary_bytes(B * T * D, bytes_a_number, stages)
-
-
-@BYTES.right
-def boundary_by_boundary(B, T, D, stages, bytes_a_number):
-    total = 0
-    for _ in range(1, stages):
-        total += B * T * D * bytes_a_number  # forward
-        total += B * T * D * bytes_a_number  # backward
-    return total
-
-
-@BYTES.right
-def a_float(B, T, D, stages, bytes_a_number):
-    return 2.0 * (stages - 1) * B * T * D * bytes_a_number
-
-
-@BYTES.wrong("forward only", "the gradients come back")
-def forward_only(B, T, D, stages, bytes_a_number):
-    return (stages - 1) * B * T * D * bytes_a_number
-
-
-@BYTES.wrong("one boundary fewer")
-def as_many_boundaries_as_stages(B, T, D, stages, bytes_a_number):
-    return 2 * stages * B * T * D * bytes_a_number
-
-
-@BYTES.wrong("forward only", "one boundary fewer")
-def forward_only_over_as_many_boundaries_as_stages(B, T, D, stages, bytes_a_number):
-    return stages * B * T * D * bytes_a_number
-
-
-@BYTES.wrong("A bfloat16 number has 2 bytes, not 4")
-def four_bytes_always(B, T, D, stages, bytes_a_number):
-    return 2 * (stages - 1) * B * T * D * 4
-
-
-@BYTES.wrong("numbers, not bytes")
-def numbers(B, T, D, stages, bytes_a_number):
-    return 2 * (stages - 1) * B * T * D
-
-
-@BYTES.wrong("one gradient over a boundary", "as large as the activation")
-def backward_counted_twice(B, T, D, stages, bytes_a_number):
-    return 3 * (stages - 1) * B * T * D * bytes_a_number
-
-
-@BYTES.wrong("in 2 stages", "2,048 bytes cross", "you say 64")
-def forgetting_the_tokens_and_the_batch(B, T, D, stages, bytes_a_number):
-    return (stages - 1) * D * bytes_a_number
-
-
-@BYTES.wrong("in 1 stages", "0 bytes cross")
-def at_least_one_boundary(B, T, D, stages, bytes_a_number):
-    return 2 * max(stages - 1, 1) * B * T * D * bytes_a_number
-
-
-@BYTES.wrong("None", "return")
-def bytes_not_returned(B, T, D, stages, bytes_a_number):
-    2 * (stages - 1) * B * T * D * bytes_a_number
-
-
-@BYTES.wrong("number", "list")
-def bytes_of_each_boundary(B, T, D, stages, bytes_a_number):
-    return [2 * B * T * D * bytes_a_number] * (stages - 1)
-
-
-@BYTES.wrong("stopped with TypeError", "argument")
-def too_few_arguments(B, T, D, stages):
-    return 2 * (stages - 1) * B * T * D * 4
-
-
-# --------------------------------------------------------------------------- 3. where to cut
+# --------------------------------------------------------------------------- 2. where to cut
 
 
 def stage_costs(costs, cuts):
@@ -398,7 +253,7 @@ def a_layer_that_is_not_there(costs, count):
     return [costs[len(costs)]]
 
 
-# ------------------------------------------------------- 4. do not wait for the whole batch
+# ------------------------------------------------------- 3. do not wait for the whole batch
 
 
 @HALVES.right
@@ -533,3 +388,27 @@ def an_output_not_returned(stages, gpus, x):
 @HALVES.wrong("stopped with RuntimeError", "same device")
 def not_moving_the_parts(stages, gpus, x):
     return torch.cat([stages[1](stages[0](part)) for part in x.chunk(4)])
+
+
+@HALVES.wrong("All parts are copied before the second GPU starts")
+def copying_all_parts_first(stages, gpus, x):
+    hs = [stages[0](part).to(gpus[1]) for part in x.chunk(8)]
+    return torch.cat([stages[1](h) for h in hs])
+
+
+def _cuts_by(key, costs, count):
+    def spread(cuts):
+        edges = [0, *cuts, len(costs)]
+        return key([sum(costs[a:b]) for a, b in pairwise(edges)])
+
+    return list(min(combinations(range(1, len(costs)), count - 1), key=spread))
+
+
+@BALANCE.wrong("cheaper costliest stage")
+def the_least_difference(costs, count):
+    return _cuts_by(lambda sums: max(sums) - min(sums), costs, count)
+
+
+@BALANCE.wrong("cheaper costliest stage")
+def the_least_sum_of_squares(costs, count):
+    return _cuts_by(lambda sums: sum(s * s for s in sums), costs, count)
