@@ -70,6 +70,24 @@ class _Moves(torch.autograd.Function):
         return gradient.to("vgpu:1"), None
 
 
+class _Each(torch.autograd.Function):
+    """Two tensors behind an argument that is none, each to be multiplied on its own device."""
+
+    @staticmethod
+    def forward(ctx, factor, x, y):
+        return x * factor, y * factor
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return None, *gradients
+
+
+def test_a_function_may_take_what_is_no_tensor_before_its_tensors():
+    x, y = _leaf(), _leaf("vgpu:1")
+    torch.autograd.backward([each.sum() for each in _Each.apply(2.0, x, y)])
+    assert (x.grad.device, y.grad.device) == (x.device, y.device)
+
+
 def test_a_function_whose_backward_leaves_the_device_is_refused():
     with pytest.raises(RuntimeError, match=f"_MovesBackward returned an {INVALID}"):
         _Moves.apply(_leaf(), 2.0).sum().backward()

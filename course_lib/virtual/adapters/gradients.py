@@ -27,11 +27,16 @@ def prepare() -> None:
     def apply_checked(self: Any, *args: Any) -> Any:
         gradients = run_backward(self, *args)
         each = gradients if isinstance(gradients, tuple) else (gradients,)
-        # An input that needs no gradient has no next function, and what it gets is not looked at.
-        for index, (gradient, (node, place)) in enumerate(
-            zip(each, self.next_functions, strict=False)
+        # Gradients are counted over all inputs, next functions over those that are tensors: the
+        # two meet in the inputs that need a gradient.
+        nodes = iter([following for following in self.next_functions if following[0] is not None])
+        for index, (gradient, is_needed) in enumerate(
+            zip(each, self.needs_input_grad, strict=False)
         ):
-            if node is not None and isinstance(gradient, VirtualTensor):
+            if not is_needed:
+                continue
+            node, place = next(nodes)
+            if isinstance(gradient, VirtualTensor):
                 expected = node._input_metadata[place].device
                 check(gradient, expected, index, f"Function {self.name()} returned an ")
         return gradients
