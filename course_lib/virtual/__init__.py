@@ -44,8 +44,8 @@ What differs from CUDA in use:
 * a tensor freed while another stream still reads it is not reported: on a GPU its memory could be
   given away, unless ``record_stream`` was called;
 * optimizers run parameter by parameter, as on the CPU, unless they are told ``foreach=True``;
-* ``Module.to`` refuses to move a parameter while an older autograd graph holds on to it: move the
-  model before you use it;
+* a graph recorded before its model moved hands its gradients to the parameters that were, and the
+  parameters where they are now get none of them;
 * a random number generator of your own (``generator=``) is refused: each device has one, seeded by
   ``torch.manual_seed``;
 * interrupting (Ctrl-C) is safe only with the handler that ``interrupt`` sets: where a program sets

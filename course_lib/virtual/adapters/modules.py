@@ -1,17 +1,16 @@
 """``Module.to`` for virtual GPUs: every parameter stays the object that it was.
 
 On CUDA a parameter that moves keeps its identity, so that two layers may share it and an optimiser
-may hold it. For a device type of its own PyTorch makes new parameters, unless it is told to swap
-their contents; that setting holds for ``load_state_dict`` too, where it breaks ``nn.LSTM`` and its
-like. Here it holds while a module moves, on the thread that moves it.
+may hold it: PyTorch sets its ``.data``. For a device type of its own it makes a new parameter,
+because it takes the two for incompatible. They are not: ``data_attribute`` sets the one to the
+other. Models that stay on the CPU are moved and cast by PyTorch alone.
 
-Rests on ``torch.__future__.get_swap_module_params_on_conversion``, ``Module._apply`` and
+Rests on ``torch._has_compatible_shallow_copy_type``, ``Module._apply`` and
 ``torch.nn.parameter.UninitializedTensorMixin``.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -20,40 +19,43 @@ from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin, is_lazy
 
 from course_lib.virtual.operators import Operator
-
-
-class _Moving(threading.local):
-    now = False
-
-
-_moving = _Moving()
+from course_lib.virtual.tensor import VirtualTensor
 
 
 def prepare() -> None:
     """Change PyTorch as the module's text says. To be called once."""
-    _swap_while_moving()
-    # Module.to asks it of tensors on two devices, and under inference_mode it gets as far as here.
-    compatible = torch.ops.aten._has_compatible_shallow_copy_type.default
-    Operator.of(compatible).handler = lambda operator, args, kwargs: False
+    _set_data_while_moving()
+    _move_placeholders()
     _materialize_where_told()
 
 
-def _swap_while_moving() -> None:
-    apply, was_set = nn.Module._apply, torch.__future__.get_swap_module_params_on_conversion
+def _set_data_while_moving() -> None:
+    in_cpp = torch._has_compatible_shallow_copy_type
 
-    def apply_swapping(self: nn.Module, fn: Callable, recurse: bool = True) -> nn.Module:
-        outer, _moving.now = _moving.now, True
+    def is_compatible(*pair: torch.Tensor) -> bool:  # torch.compile checks the form, not the names
+        if any(isinstance(tensor, VirtualTensor) for tensor in pair):
+            return all(tensor.device.type != "meta" for tensor in pair)
+        return in_cpp(*pair)
+
+    torch._has_compatible_shallow_copy_type = is_compatible
+    # Tensor.to asks it too, and under inference_mode it gets as far as here.
+    compatible = torch.ops.aten._has_compatible_shallow_copy_type.default
+    Operator.of(compatible).handler = lambda operator, args, kwargs: False
+
+
+def _move_placeholders() -> None:
+    apply = nn.Module._apply
+
+    def apply_to_all(self: nn.Module, fn: Callable, recurse: bool = True) -> nn.Module:
         waiting = _take_placeholders(self)
         try:
             return apply(self, fn, recurse)
         finally:
-            _moving.now = outer
             for holder, name, placeholder in waiting:
                 holder[name] = placeholder
                 placeholder.moves = [*getattr(placeholder, "moves", ()), fn]
 
-    nn.Module._apply = apply_swapping
-    torch.__future__.get_swap_module_params_on_conversion = lambda: _moving.now or was_set()
+    nn.Module._apply = apply_to_all
 
 
 def _take_placeholders(module: nn.Module) -> list[tuple[dict, str, Any]]:
