@@ -40,7 +40,9 @@ What differs from CUDA in use:
 * backward enqueues its work on the streams that are current where ``backward()`` is called; CUDA's
   autograd enqueues each part on the stream of its forward;
 * the current stream of a device is the same for all threads;
-* ``torch.Stream`` and ``torch.Event`` do nothing here: use ``course_lib.stream`` and ``event``;
+* ``torch.Stream`` and ``torch.Event`` do nothing here: use ``torch.vgpu.Stream`` and ``Event``, or
+  ``course_lib.stream`` and ``event``;
+* ``torch.vgpu.get_rng_state`` is not CUDA's seed and offset but the state of a CPU's generator;
 * a tensor freed while another stream still reads it is not reported: on a GPU its memory could be
   given away, unless ``record_stream`` was called;
 * optimizers run parameter by parameter, as on the CPU, unless they are told ``foreach=True``;

@@ -23,6 +23,7 @@ from course_lib.virtual.adapters import (
     compiler,
     current_device,
     data_attribute,
+    data_parallel,
     dlpack,
     generator_class,
     gradients,
@@ -90,6 +91,7 @@ def register() -> list[torch.library.Library]:
     generator_class.prepare()
     dlpack.prepare()
     transformer.prepare()
+    data_parallel.prepare()
     gradients.prepare()
     _prepare_backward()
     interrupt.install()

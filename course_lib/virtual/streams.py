@@ -83,10 +83,10 @@ class Stream:
         """Let what is enqueued here from now on start after ``event``."""
         event.wait(self)
 
-    def record_event(self) -> Event:
-        """An event that happens when all that is enqueued here now is done."""
-        event = Event(self)
-        event.record()
+    def record_event(self, event: Event | None = None) -> Event:
+        """An event, a new one if none is given, that happens when all enqueued here is done."""
+        event = event or Event(self)
+        event.record(self)
         return event
 
     def synchronize(self) -> None:

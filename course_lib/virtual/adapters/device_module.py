@@ -3,20 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 
+from course_lib.virtual import streams
 from course_lib.virtual.machine import DEVICE_TYPE, machine
+from course_lib.virtual.memory import format_bytes
 from course_lib.virtual.streams import Stream
-from course_lib.virtual.tensor import index_of
+from course_lib.virtual.tensor import device_of, index_of
+
+
+class _KnowsStreams(type):
+    """The clock makes streams; ``isinstance(x, torch.vgpu.Stream)`` is true for each of them."""
+
+    def __instancecheck__(cls, other: Any) -> bool:
+        return isinstance(other, streams.Stream)
+
+
+class NewStream(metaclass=_KnowsStreams):
+    """``torch.vgpu.Stream(device)``: one more stream; ``priority`` changes nothing here."""
+
+    def __new__(cls, device: Any = None, priority: int = 0) -> Stream:
+        return machine.clock.new_stream(_index(device))
+
+
+class CurrentEvent(streams.Event):
+    """``torch.vgpu.Event()``: it is recorded, and waited for, on the stream that is current then.
+
+    Args:
+        enable_timing: whether :meth:`elapsed_time` may be asked.
+        blocking, interprocess: taken for the sake of CUDA's programs, and of no effect.
+    """
+
+    def __init__(
+        self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False
+    ) -> None:
+        super().__init__(machine.clock.current[_index(None)])
+        self.enable_timing = enable_timing
+
+    def record(self, stream: Stream | None = None) -> None:
+        self._stream = stream or machine.clock.current[_index(None)]
+        super().record(self._stream)
+
+    def wait(self, stream: Stream | None = None) -> None:
+        super().wait(stream or machine.clock.current[_index(None)])
+
+    def elapsed_time(self, end: streams.Event) -> float:
+        if not (self.enable_timing and getattr(end, "enable_timing", True)):
+            raise ValueError("Both events must be created with argument 'enable_timing=True'.")
+        return super().elapsed_time(end)
+
+
+class DeviceProperties(NamedTuple):
+    """What ``get_device_properties`` tells of a virtual GPU; memory in bytes."""
+
+    name: str
+    total_memory: int
 
 
 class DeviceModule:
     """What ``torch.vgpu`` is."""
 
     _initialized = True
+    Stream = NewStream
+    Event = CurrentEvent
+    OutOfMemoryError = torch.OutOfMemoryError
+
+    def init(self) -> None:
+        """Nothing is to be done."""
 
     def is_available(self) -> bool:
         return machine.device_count > 0
@@ -64,6 +120,40 @@ class DeviceModule:
             )
         stream.__enter__()  # and nothing leaves it
 
+    def stream(self, stream: Stream | None) -> AbstractContextManager:
+        """Work inside of the block is enqueued on ``stream``; ``None`` changes nothing."""
+        return nullcontext() if stream is None else stream
+
+    def device_of(self, tensor: Any) -> AbstractContextManager:
+        """The device of ``tensor`` is the current one inside of the block, if it is on one."""
+        is_here = isinstance(tensor, torch.Tensor) and tensor.device.type == DEVICE_TYPE
+        return self.device(tensor.device) if is_here else nullcontext()
+
+    def can_device_access_peer(self, device: Any, peer_device: Any) -> bool:
+        return _index(device) != _index(peer_device)
+
+    def get_device_properties(self, device: Any = None) -> DeviceProperties:
+        name, memory = self.get_device_name(device), machine.memories[_index(device)]
+        return DeviceProperties(name, int(memory.capacity))
+
+    def is_bf16_supported(self, including_emulation: bool = True) -> bool:
+        return True
+
+    def memory_stats(self, device: Any = None) -> dict[str, int]:
+        """Bytes in use and their peak, under the names of CUDA's; nothing else is counted."""
+        memory = machine.memories[_index(device)]
+        return {
+            f"{kind}_bytes.all.{name}": nbytes
+            for kind in ("allocated", "reserved")
+            for name, nbytes in (("current", memory.in_use), ("peak", memory.peak))
+        }
+
+    def memory_summary(self, device: Any = None, abbreviated: bool = False) -> str:
+        memory = machine.memories[_index(device)]
+        rows = {"in use": memory.in_use, "peak": memory.peak, "capacity": memory.capacity}
+        lines = [f"{name:8} {format_bytes(nbytes):>10}" for name, nbytes in rows.items()]
+        return "\n".join([f"memory of {device_of(_index(device))}", *lines])
+
     def memory_allocated(self, device: Any = None) -> int:
         return machine.memories[_index(device)].in_use
 
@@ -101,6 +191,25 @@ class DeviceModule:
 
     def set_rng_state(self, new_state: torch.Tensor, device: Any = None) -> None:
         machine.generators[_index(device)].set_state(new_state)
+
+    def get_rng_state_all(self) -> list[torch.Tensor]:
+        return [self.get_rng_state(index) for index in range(machine.device_count)]
+
+    def set_rng_state_all(self, new_states: list[torch.Tensor]) -> None:
+        for index, state in enumerate(new_states):
+            self.set_rng_state(state, index)
+
+    def initial_seed(self) -> int:
+        return machine.generators[_index(None)].initial_seed()
+
+    def seed(self) -> None:
+        """Seed the current device by chance."""
+        machine.generators[_index(None)].seed()
+
+    def seed_all(self) -> None:
+        """Seed all devices by chance, and all alike."""
+        self.seed()
+        self.manual_seed_all(self.initial_seed())
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
