@@ -1,0 +1,31 @@
+"""Predictions for training runs that fit no laptop, with their errors on the table.
+
+``plan(model, cluster, layout)`` says what a step takes, in seconds by parts and in bytes by holder;
+``search(model, cluster, batch, sequence_length)`` looks for the fastest layout. Models, GPUs and
+links are data with sources. What no data sheet says is a handful of constants, fitted on published
+runs; ``python -m course_lib.planner.fit`` prints how far off they are on runs that nobody fitted.
+"""
+
+from course_lib.planner.clusters import GPUS, Cluster, cluster
+from course_lib.planner.layouts import Layout
+from course_lib.planner.models import MODELS, Model, from_config, gpt, llama, model_named
+from course_lib.planner.planning import Plan, achievable, plan
+from course_lib.planner.searching import Search, search
+
+__all__ = [
+    "GPUS",
+    "MODELS",
+    "Cluster",
+    "Layout",
+    "Model",
+    "Plan",
+    "Search",
+    "achievable",
+    "cluster",
+    "from_config",
+    "gpt",
+    "llama",
+    "model_named",
+    "plan",
+    "search",
+]
