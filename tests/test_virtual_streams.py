@@ -548,3 +548,146 @@ def test_the_host_does_not_wait_for_a_copy_to_or_from_pinned_memory(gpus: Device
     assert not host_waits_for(lambda: pinned.copy_(there, non_blocking=True))
     # As on CUDA, the memory that PyTorch allocates for it is pinned.
     assert not host_waits_for(lambda: there.to("cpu", non_blocking=True))
+
+
+# What the host does with the memory of a copy on its way.
+
+
+def reports_of(program) -> list[tuple]:
+    return [(each.first, each.second, each.second_writes) for each in hazards_of(program)]
+
+
+READS = {
+    "item": lambda x: x[0, 0].item(),
+    "__repr__": repr,
+    "tolist": lambda x: x.tolist(),
+    "numpy": lambda x: x.numpy(),
+    "__add__": lambda x: x + 1,
+    "sum": lambda x: x.t().sum(),
+    "cat": lambda x: torch.cat([torch.ones(2, 2), x]),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_what_the_host_reads_before_it_arrived_is_reported(gpus: Devices, name: str):
+    x = torch.ones(2, 2, device=gpus[0])
+
+    def program() -> None:
+        arrived = x.to("cpu", non_blocking=True)
+        READS[name](arrived)
+        READS[name](arrived)  # said once
+
+    first = ("copy", "vgpu:0 default stream")
+    assert [each[:1] + each[2:] for each in reports_of(program)] == [(first, False)]
+    assert reports_of(program)[0][1][1] == "the host"
+    assert len(torch.overrides._get_current_function_mode_stack()) == 0
+
+
+def test_the_report_says_which_wait_is_missing(gpus: Devices):
+    with pytest.warns(StreamHazard) as caught:
+        torch.ones(2, 2, device=gpus[0]).to("cpu", non_blocking=True).tolist()
+    assert str(caught[0].message) == (
+        "tolist on the host reads a float32 tensor of shape (2, 2) that copy on vgpu:0 default "
+        "stream writes, and does not wait for it. Missing: a synchronize() of vgpu:0 default "
+        "stream, or of an event recorded after copy. Here the values are right; on a GPU they need "
+        "not be."
+    )
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda page: page.zero_(),
+        lambda page: page.__setitem__(0, 1.0),
+        lambda page: page[2:].add_(1),
+        lambda page: torch.add(page, 1, out=page),
+    ],
+    ids=["zero_", "setitem", "view", "out"],
+)
+def test_what_the_host_overwrites_while_it_is_sent_is_reported(gpus: Devices, write):
+    page = torch.ones(4).pin_memory()
+
+    def program() -> None:
+        page.to(gpus[1], non_blocking=True)
+        write(page)
+
+    ((first, second, writes),) = reports_of(program)
+    assert (first[1], second[1], writes) == ("vgpu:1 default stream", "the host", True)
+
+
+WAITS = {
+    "synchronize": lambda gpu: course_lib.synchronize(),
+    "stream": lambda gpu: course_lib.current_stream(gpu).synchronize(),
+    "event": lambda gpu: course_lib.current_stream(gpu).record_event().synchronize(),
+    "query": lambda gpu: wait_by_asking(course_lib.current_stream(gpu).record_event(), gpu),
+    "item": lambda gpu: torch.ones((), device=gpu).item(),
+}
+
+
+def wait_by_asking(event: course_lib.hardware.Event, gpu: torch.device) -> None:
+    other = torch.ones((), device="vgpu:3")
+    while not event.query():
+        (other + 1).item()  # time passes
+
+
+@pytest.mark.parametrize("how", WAITS)
+def test_a_host_that_waits_may_read_and_write(gpus: Devices, how: str):
+    x, page = torch.ones(2, 2, device=gpus[0]), torch.ones(4).pin_memory()
+
+    def program() -> None:
+        arrived = x.to("cpu", non_blocking=True)
+        page.to(gpus[0], non_blocking=True)
+        WAITS[how](gpus[0])
+        assert arrived.sum().item() == 4
+        page.zero_()
+
+    assert reports_of(program) == []
+
+
+def test_reading_what_is_sent_and_looking_at_a_form_are_no_hazards(gpus: Devices):
+    x, page = torch.ones(2, 2, device=gpus[0]), torch.ones(4).pin_memory()
+
+    def program() -> None:
+        page.to(gpus[0], non_blocking=True)
+        assert page.tolist() == [1, 1, 1, 1]  # both may read
+        arrived = x.to("cpu", non_blocking=True)
+        assert (arrived.shape, arrived.numel(), len(arrived)) == ((2, 2), 4, 2)
+        arrived.view(4)[1:]
+        arrived.to(gpus[0], non_blocking=True)  # in the order of its stream
+        x.cpu().sum()
+
+    assert reports_of(program) == []
+
+
+def test_looking_ends_with_the_wait_and_leaves_the_programs_own_modes_in_place(gpus: Devices):
+    stack = torch.overrides._get_current_function_mode_stack
+    x = torch.ones(2, device=gpus[0])
+    assert len(stack()) == 0
+    with torch.device("vgpu:1"):
+        before = stack()
+        x.to("cpu", non_blocking=True)
+        x.to("cpu", non_blocking=True)
+        assert len(stack()) == 2 and stack()[-1] is before[-1]
+        assert torch.ones(2).device == gpus[1]
+        course_lib.synchronize()
+        assert stack() == before
+    assert len(stack()) == 0
+    x.to("cpu", non_blocking=True)
+    course_lib.devices(4)  # nothing is on its way on new GPUs
+    assert len(stack()) == 0
+
+
+def test_a_value_printed_without_waiting_for_its_stream_is_reported(gpus: Devices):
+    side = course_lib.stream(gpus[0])
+
+    def program(waits: bool) -> None:
+        with side:
+            x = torch.ones(2, device=gpus[0]) * 2
+        if waits:
+            course_lib.current_stream(gpus[0]).wait_stream(side)
+        repr(x)
+
+    ((first, second, _),) = reports_of(lambda: program(False))
+    assert (first[1], second) == ("vgpu:0 stream 1", ("repr", "vgpu:0 default stream"))
+    assert reports_of(lambda: program(True)) == []

@@ -9,6 +9,7 @@ How it works, in the order to read it:
 * ``hazards``  waits between streams that a program lacks;
 * ``memory``   bytes in use on each device;
 * ``pinned``   host memory that can be copied from while the host goes on;
+* ``host_copies``  copies that the host does not wait for, and what it does too early with them;
 * ``machine``  the simulated computer: all its state, which is swapped whole;
 * ``cost``     the operations and bytes of one operator;
 * ``operators``  one operator: what it does to its arguments, and who runs it;
@@ -43,6 +44,12 @@ What differs from CUDA in use:
 * ``torch.Stream`` and ``torch.Event`` do nothing here: use ``torch.vgpu.Stream`` and ``Event``, or
   ``course_lib.stream`` and ``event``;
 * ``torch.vgpu.get_rng_state`` is not CUDA's seed and offset but the state of a CPU's generator;
+* what the host reads or overwrites while a copy is on its way is reported where a function of
+  PyTorch does it, on the thread that copied; NumPy and other threads are not seen;
+* pageable host memory, and every blocking copy, makes the host wait until the copy is done; CUDA
+  may go on once it has staged a small one;
+* memory is refused before the work where that is known at little cost (factories with a size,
+  products, broadcasting), and after it elsewhere;
 * a tensor freed while another stream still reads it is not reported: on a GPU its memory could be
   given away, unless ``record_stream`` was called;
 * optimizers run parameter by parameter, as on the CPU, unless they are told ``foreach=True``;

@@ -49,6 +49,7 @@ class Clock:
         seen_by_host: how many of each stream's operations the host has waited for.
         region: what the program says that it is doing.
         listeners, hazard_listeners: who wants to know of each span, and of each missing wait.
+        after_host_waited: what is to be done each time (see ``host_copies``).
     """
 
     def __init__(self, spec: Spec, device_count: int) -> None:
@@ -65,6 +66,7 @@ class Clock:
         self.region = ""
         self.listeners: list[Callable[[Span], None]] = []
         self.hazard_listeners: list[Callable[[Any], None]] = []
+        self.after_host_waited: Callable[[], None] | None = None
         self._cores = [Engine() for _ in range(device_count)]
         # A link carries both directions at once; the one to the host is another than the others.
         self._senders = [Engine() for _ in range(device_count)]
@@ -167,6 +169,14 @@ class Clock:
         if self.host < seconds:
             self.host = seconds
         remember(self.seen_by_host, stream, count, seen)
+        if self.after_host_waited is not None:
+            self.after_host_waited()
+
+    def end(self) -> None:
+        """Have no use from now on."""
+        self.in_use = False
+        if self.after_host_waited is not None:
+            self.after_host_waited()
 
     def synchronize(self, device: int) -> None:
         """Make the host wait for all streams of ``device``."""

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import torch
 
-from course_lib.virtual.streams import Stream, Ticket
+from course_lib.virtual.streams import Stream, Ticket, Timekeeper
+
+HOST = "the host"
 
 
 class StreamHazard(RuntimeWarning):
@@ -29,7 +31,7 @@ class Hazard:
 
     Attributes:
         tensor: its shape, dtype and device.
-        first, second: ``(operation, stream)``.
+        first, second: ``(operation, stream)``; the second can be of :data:`HOST`.
         first_writes, second_writes: whether they write the tensor; at least one does.
     """
 
@@ -42,11 +44,17 @@ class Hazard:
     def __str__(self) -> str:
         (first, first_stream), (second, second_stream) = self.first, self.second
         verbs = ("reads", "writes")
+        if second_stream == HOST:
+            missing = f"synchronize() of {first_stream}, or of an event recorded after {first}"
+        else:
+            missing = (
+                f"wait_stream of {second_stream} for {first_stream}, or a wait for an event "
+                f"recorded after {first}"
+            )
         return (
             f"{second} on {second_stream} {verbs[self.second_writes]} {self.tensor} that "
             f"{first} on {first_stream} {verbs[self.first_writes]}, and does not wait for it. "
-            f"Missing: a wait_stream of {second_stream} for {first_stream}, or a wait for an event "
-            f"recorded after {first}. Here the values are right; on a GPU they need not be."
+            f"Missing: a {missing}. Here the values are right; on a GPU they need not be."
         )
 
 
@@ -106,19 +114,35 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     return start * width, (start + last + 1) * width
 
 
+def report_host(
+    ticket: Ticket, first_writes: bool, tensor: torch.Tensor, name: str, writes: bool
+) -> None:
+    """Report that the host uses ``tensor`` before it waited for the copy ``ticket``."""
+    _tell(ticket[0].clock, _hazard(tensor, ticket, (name, HOST), first_writes, writes))
+
+
 def _report(tensor: torch.Tensor, first: Access, second: Access) -> None:
+    operation = second.ticket[2], str(second.stream)
+    hazard = _hazard(tensor, first.ticket, operation, first.writes, second.writes)
+    _tell(second.stream.clock, hazard)
+
+
+def _hazard(
+    tensor: torch.Tensor,
+    first: Ticket,
+    second: tuple[str, str],
+    first_writes: bool,
+    second_writes: bool,
+) -> Hazard:
     dtype = str(tensor.dtype).removeprefix("torch.")
-    hazard = Hazard(
-        f"a {dtype} tensor of shape {tuple(tensor.shape)}",
-        (first.ticket[2], str(first.stream)),
-        (second.ticket[2], str(second.stream)),
-        first.writes,
-        second.writes,
-    )
-    listeners = second.stream.clock.hazard_listeners
-    for listen in listeners:
+    what = f"a {dtype} tensor of shape {tuple(tensor.shape)}"
+    return Hazard(what, (first[2], str(first[0])), second, first_writes, second_writes)
+
+
+def _tell(clock: Timekeeper, hazard: Hazard) -> None:
+    for listen in clock.hazard_listeners:
         listen(hazard)
-    if not listeners:  # nobody wants to know
+    if not clock.hazard_listeners:  # nobody wants to know
         warnings.warn(str(hazard), StreamHazard, stacklevel=_depth_of_the_program())
 
 

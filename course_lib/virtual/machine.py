@@ -49,7 +49,7 @@ class State:
         for memory in self.memories:
             memory.capacity = spec.memory
             memory.reset_peak()
-        self.clock.in_use = False
+        self.clock.end()
         self.clock = Clock(spec, len(self.memories))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from course_lib.virtual import hazards
+from course_lib.virtual import hazards, host_copies
 from course_lib.virtual.execution import (
     check_has_numbers,
     execute,
@@ -118,6 +118,8 @@ def _charge_copy(source: torch.Tensor, destination: torch.Tensor, host_waits: bo
         source.nbytes,
         host_waits,
     )
+    if not host_waits:
+        host_copies.watch(clock, ticket, destination if is_read else source, writes_host=is_read)
     if clock.has_side_streams:
         hazards.check(ticket, [source] * is_read, [destination] * is_written)
     elif is_written:

@@ -10,8 +10,9 @@ The methods have the names that ``torch.cuda.Stream`` and ``torch.cuda.Event`` g
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -34,6 +35,7 @@ class Timekeeper(Protocol):
     seen_by_host: dict[Stream, int]
     current: list[Stream]
     current_device: int
+    hazard_listeners: list[Callable[[Any], None]]
 
     def wait(self, seconds: float, stream: Stream, count: int, seen: dict[Stream, int]) -> None: ...
 
@@ -187,7 +189,10 @@ class Moment:
         self.stream.check_in_use()
         clock = self.stream.clock
         clock.tasks.settle_until(clock.host)
-        return all(task.end is not None for task in self.tasks) and self.settle() <= clock.host
+        if any(task.end is None for task in self.tasks) or self.settle() > clock.host:
+            return False
+        clock.wait(self.seconds, self.stream, self.count, self.seen)  # not long: the host knows
+        return True
 
 
 class Event:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.storage import TypedStorage
 
+from course_lib.virtual import hazards
 from course_lib.virtual.machine import DEVICE_TYPE, machine
 from course_lib.virtual.memory import Allocation
 from course_lib.virtual.operators import Operator, known_operators
@@ -47,7 +48,10 @@ class VirtualTensor(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: str | None = None) -> str:
         machine.check_made_here(self.allocation.memory)
-        machine.clock.current[self.index].synchronize()
+        stream = machine.clock.current[self.index]
+        if machine.clock.has_side_streams:
+            hazards.check((stream, stream.count, "repr"), [self], [])
+        stream.synchronize()
         numbers = repr(self.inner).replace(f", device='{self.inner.device}'", "")
         suffix = f", device='{self.device}'"
         if self.grad_fn is not None:
