@@ -22,6 +22,11 @@ def test_a_tensor_of_losses():
     assert str(torch.tensor([losses, losses], device="vgpu:3").device) == "vgpu:3"
 
 
+def test_a_tensor_of_a_storage():
+    x = torch.arange(3.0, device="vgpu:1")
+    assert torch.tensor(x.untyped_storage(), dtype=torch.float32).tolist() == [0, 1, 2]
+
+
 def test_copy_from_a_number():
     x = torch.zeros(2, device="vgpu:1")
     assert x.copy_(3.0) is x and x.tolist() == [3, 3]

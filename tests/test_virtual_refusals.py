@@ -163,3 +163,16 @@ def test_one_number_on_the_host_joins_a_gpu_where_cuda_takes_it(program: Callabl
     x, number = torch.tensor([1.0, 2.0]), torch.tensor(0.5)
     expected = program(x.clone(), number)
     assert torch.equal(program(x.to("vgpu:1"), number).cpu(), expected)
+
+
+def test_block_diag_of_two_devices_is_refused_by_name():
+    with pytest.raises(
+        RuntimeError, match="Input 0 is on device cpu and input 1 is on device vgpu"
+    ):
+        torch.block_diag(torch.ones(2, 2), torch.ones(2, 2, device="vgpu:0"))
+
+
+def test_sparse_tensors_beside_dense_ones_are_refused_in_one_line():
+    x = torch.ones(2, 2, device="vgpu:1")
+    with pytest.raises(NotImplementedError, match="dense tensors only, not torch.sparse_csr"):
+        torch.ones(2, 2).to_sparse_csr().to("vgpu:1") @ x

@@ -38,7 +38,7 @@ from course_lib.virtual.generators import check_generator, device_generator
 from course_lib.virtual.machine import DEVICE_TYPE, machine
 from course_lib.virtual.operators import Operator
 from course_lib.virtual.room import check_factory, refuse_if_host_is_full
-from course_lib.virtual.special_operators import copy_, item
+from course_lib.virtual.special_operators import copy_, item, set_
 from course_lib.virtual.tensor import index_of
 
 aten = torch.ops.aten
@@ -101,8 +101,9 @@ def register() -> list[torch.library.Library]:
     recurrent.register(library)
     # torch.tensor(..., device="vgpu:1") copies with the Python dispatcher switched off.
     library.impl("_copy_from", _copy_from, "PrivateUse1")
-    # torch.tensor([loss, other_loss]) reads numbers in the same way.
+    # torch.tensor([loss, other_loss]) reads numbers in the same way, torch.tensor(storage) bytes.
     library.impl("_local_scalar_dense", _read, "PrivateUse1")
+    library.impl("set_.source_Storage", _set_storage, "PrivateUse1")
     return [library, *autocast.register(), pinned.register()]
 
 
@@ -187,3 +188,7 @@ def _copy_from(source: torch.Tensor, destination: torch.Tensor, non_blocking: bo
 
 def _read(number: torch.Tensor) -> Any:
     return item(Operator.of(aten._local_scalar_dense.default), (number,), {})
+
+
+def _set_storage(tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
+    return set_(Operator.of(aten.set_.source_Storage), (tensor, storage), {})

@@ -17,7 +17,7 @@ from course_lib.virtual.machine import DEVICE_TYPE, machine
 from course_lib.virtual.memory import Allocation
 from course_lib.virtual.operators import Operator, runs_all_others
 from course_lib.virtual.room import MAY_OUTGROW, check_output, refuse_if_host_is_full
-from course_lib.virtual.tensor import VirtualTensor, device_of, index_of, wrap
+from course_lib.virtual.tensor import VirtualTensor, device_of, index_of, not_dense, wrap
 
 _is_alias_of = torch._C._is_alias_of
 
@@ -193,6 +193,8 @@ def _check_host_tensors(
         allowed.update(id(each) for each in host_tensors if each.dim() == 0)
     allowed -= _written_ids(operator, inner_args, inner_kwargs)
     for tensor in host_tensors:
+        if tensor.layout is not torch.strided:
+            raise not_dense(tensor.layout)
         if id(tensor) not in allowed:
             raise mixed_devices(device_of(index), tensor.device)
 

@@ -178,7 +178,7 @@ def _resize_as(operator: Operator, args: tuple, kwargs: dict) -> VirtualTensor:
 
 
 @runs(*(getattr(aten.set_, overload) for overload in aten.set_.overloads()))
-def _set(operator: Operator, args: tuple, kwargs: dict) -> VirtualTensor:
+def set_(operator: Operator, args: tuple, kwargs: dict) -> VirtualTensor:
     """``x.set_(y)``: from now on a view of the memory of ``y``, a tensor or a storage."""
     self, *rest = args
     source = kwargs.pop("source", None) if "source" in kwargs else (rest.pop(0) if rest else None)
@@ -245,3 +245,25 @@ def _zeros_of_form(operator: Operator, args: tuple, kwargs: dict) -> torch.Tenso
     count = other.untyped_storage().nbytes() // other.element_size()
     row = torch.zeros(count, dtype=self.dtype, device=self.device)
     return row.as_strided(other.shape, other.stride(), other.storage_offset())
+
+
+@runs(
+    aten.is_same_size.default,
+    aten.is_set_to.default,
+    aten._has_same_storage_numel.default,
+)
+def _compare_forms(operator: Operator, args: tuple, kwargs: dict) -> bool:
+    """What these ask is known without a look at the numbers, on whatever device they are."""
+    return operator.run(*[_inner(tensor) for tensor in args])
+
+
+@runs(aten.block_diag.default)
+def _block_diag(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
+    first, *others = args[0]
+    for index, other in enumerate(others, 1):
+        if other.device != first.device:
+            raise RuntimeError(
+                "torch.block_diag: input tensors must all be on the same device. Input 0 is on "
+                f"device {first.device} and input {index} is on device {other.device}"
+            )
+    return execute(operator, args, kwargs)

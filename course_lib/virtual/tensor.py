@@ -158,9 +158,9 @@ def wrap(inner: torch.Tensor, index: int, allocation: Allocation | None = None) 
     """
     layout = inner.layout
     if layout is not torch.strided:
-        raise NotImplementedError(f"virtual GPUs hold dense tensors only, not {layout}")
+        raise not_dense(layout)
     if inner.is_nested:
-        raise NotImplementedError("virtual GPUs hold dense tensors only, not nested ones: pad them")
+        raise not_dense("nested ones: pad them")
     if allocation is None:
         allocation = machine.memories[index].allocate(inner.untyped_storage().nbytes())
     # Positional arguments, because parsing names would take as long as all the rest.
@@ -178,6 +178,11 @@ def wrap(inner: torch.Tensor, index: int, allocation: Allocation | None = None) 
     outer.index = index
     outer.allocation = allocation
     return outer
+
+
+def not_dense(what: Any) -> NotImplementedError:
+    """The error of whatever would put sparse or nested tensors on a virtual GPU."""
+    return NotImplementedError(f"virtual GPUs hold dense tensors only, not {what}")
 
 
 def index_of(device: torch.device) -> int:
