@@ -174,5 +174,5 @@ def test_block_diag_of_two_devices_is_refused_by_name():
 
 def test_sparse_tensors_beside_dense_ones_are_refused_in_one_line():
     x = torch.ones(2, 2, device="vgpu:1")
-    with pytest.raises(NotImplementedError, match="dense tensors only, not torch.sparse_csr"):
+    with pytest.raises(NotImplementedError, match=r"dense tensors only, not torch\.sparse_csr"):
         torch.ones(2, 2).to_sparse_csr().to("vgpu:1") @ x
