@@ -127,3 +127,15 @@ def test_the_functions_of_nn_parallel():
     assert [str(out.device) for out in outs] == ["vgpu:1", "vgpu:2"]
     whole = nn.parallel.data_parallel(nn.Linear(2, 2).to("vgpu:0"), x, [0, 1])
     assert whole.shape == (3, 2)
+
+
+def test_a_process_group_without_a_backend_is_that_of_the_cpu(tmp_path):
+    torch.distributed.init_process_group(
+        init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
+    )
+    try:
+        x = torch.ones(2)
+        torch.distributed.all_reduce(x)
+        assert x.tolist() == [1, 1]
+    finally:
+        torch.distributed.destroy_process_group()

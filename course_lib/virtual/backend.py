@@ -29,6 +29,7 @@ from course_lib.virtual.adapters import (
     gradients,
     interrupt,
     modules,
+    processes,
     recurrent,
     transformer,
 )
@@ -92,6 +93,7 @@ def register() -> list[torch.library.Library]:
     dlpack.prepare()
     transformer.prepare()
     data_parallel.prepare()
+    processes.prepare()
     gradients.prepare()
     _prepare_backward()
     interrupt.install()
