@@ -139,3 +139,11 @@ def test_a_process_group_without_a_backend_is_that_of_the_cpu(tmp_path):
         assert x.tolist() == [1, 1]
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("batch_size", [2, None])
+def test_a_worker_that_returns_tensors_of_a_device_gets_one_clear_line(batch_size: int | None):
+    data = [torch.ones(2, device="vgpu:0") for _ in range(4)]
+    loader = torch.utils.data.DataLoader(data, batch_size=batch_size, num_workers=1)
+    with pytest.raises(RuntimeError, match=r"move each batch with .to\(device\)"):
+        list(loader)

@@ -1,22 +1,28 @@
-"""``init_process_group()`` without a backend, where virtual GPUs are the accelerator.
+"""Other processes: what they exchange is on the CPU, and no virtual GPU is in two of them.
 
-PyTorch picks the backend by the accelerator and knows none for virtual GPUs, which no process can
-share. What processes exchange is on the CPU, and so it is ``gloo``, as without virtual GPUs.
+``init_process_group()`` without a backend picks one by the accelerator, and PyTorch knows none for
+virtual GPUs: it is ``gloo``, as without them. A worker of a ``DataLoader`` that returns tensors on
+a virtual GPU ended with a segmentation fault. They are refused where a batch is put together, and
+where a tensor arrives: an error where it is sent would be lost, and the other side would wait.
 
-Rests on ``torch.distributed.distributed_c10d.BackendConfig``.
+Rests on ``torch.distributed.distributed_c10d.BackendConfig``, ``torch.UntypedStorage._new_shared``
+and ``multiprocessing.reduction.ForkingPickler``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NoReturn
 
 import torch
 
 from course_lib.virtual.machine import DEVICE_TYPE
+from course_lib.virtual.tensor import VirtualTensor
 
 
 def prepare() -> None:
     """Change PyTorch as the module's text says. To be called once."""
+    _refuse_to_share()
     if not torch.distributed.is_available():
         return
     config = torch.distributed.distributed_c10d.BackendConfig
@@ -28,3 +34,22 @@ def prepare() -> None:
         configure(self, "cpu:gloo" if is_ours and backend == undefined else backend)
 
     config.__init__ = configure_for_the_cpu
+
+
+def _refuse_to_share() -> None:
+    share = torch.UntypedStorage._new_shared
+
+    def share_others(cls: type, size: int, *, device: Any = "cpu") -> torch.UntypedStorage:
+        if torch.device(device).type == DEVICE_TYPE:
+            _refuse()
+        return share(size, device=device)
+
+    torch.UntypedStorage._new_shared = classmethod(share_others)
+    ForkingPickler.register(VirtualTensor, lambda tensor: (_refuse, ()))
+
+
+def _refuse() -> NoReturn:
+    raise RuntimeError(
+        "a process cannot send a tensor on a virtual GPU: no other process has that GPU. Let "
+        "workers return CPU tensors, and move each batch with .to(device) where it arrives."
+    )
