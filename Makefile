@@ -34,7 +34,7 @@ ifeq ($(shell id -u),0)
 ROOT := --allow-root
 endif
 
-.PHONY: help lab fresh test unit nb notebooks conformance images bench lint constraints clean
+.PHONY: help lab fresh test browser unit nb notebooks conformance images bench lint constraints clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -58,6 +58,9 @@ test: $(STAMP) ## Check all: lint, unit tests, then every notebook against its o
 
 unit: $(STAMP) ## Run the unit tests only
 	$(PYTEST) $(UNIT)
+
+browser: $(STAMP) ## Try a lesson in JupyterLab in a real browser (needs playwright and Chromium)
+	$(PYTEST) -p no:randomly tests/browser
 
 conformance: $(STAMP) ## Compare all of PyTorch's own test databases with the CPU (minutes)
 	$(PYTEST) $(UNIT) tests/conformance

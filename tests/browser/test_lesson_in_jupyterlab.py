@@ -1,0 +1,138 @@
+"""A lesson in a real browser: run it, move a slider, answer an exercise, save, reopen.
+
+Run with ``make browser``: it needs playwright and a Chromium, which ``make test`` does not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+
+import nbformat
+import pytest
+
+import lab
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
+if CHROMIUM is None:
+    pytest.skip("there is no Chromium on this machine", allow_module_level=True)
+
+FOLDER = lab.ROOT / "build" / "browser"
+LESSON = FOLDER / "00_meet_your_gpus.ipynb"
+MINUTES = 60_000  # milliseconds
+ANSWER = "import math\ndef largest_side(free_bytes):\n    return math.isqrt(free_bytes // 4)"
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The address of a Jupyter server as ``make lab`` starts it."""
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+    nbformat.write(lab.without_outputs(lab.NOTEBOOKS / LESSON.name), LESSON)
+    flags = [
+        f"--ServerApp.root_dir={lab.ROOT}",
+        f"--config={lab.ROOT / 'tools' / 'jupyter_server_config.py'}",
+        "--no-browser", "--allow-root", "--IdentityProvider.token=", "--ServerApp.port=0",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jupyterlab", *flags],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COURSE_DEVICES": "virtual"},
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        found = re.search(r"http://(?:localhost|127\.0\.0\.1):\d+", line)
+        if found:
+            break
+    yield found.group()
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture
+def page(server: str) -> Iterator[sync_api.Page]:
+    with sync_api.sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(MINUTES)
+        open_lesson(page, server)
+        yield page
+        browser.close()
+
+
+def open_lesson(page: sync_api.Page, server: str) -> None:
+    page.goto(f"{server}/lab/tree/{LESSON.relative_to(lab.ROOT).as_posix()}?reset")
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+
+
+def cell(page: sync_api.Page, cell_id: str) -> sync_api.Locator:
+    """The cell of the page, scrolled to; JupyterLab makes only those that are in view."""
+    index = [each["id"] for each in nbformat.read(LESSON, 4).cells].index(cell_id)
+    found = page.locator(f'.jp-Notebook .jp-Cell[data-windowed-list-index="{index}"]')
+    area = page.locator(".jp-WindowedPanel-outer")
+    area.evaluate("area => { area.scrollTop = 0 }")
+    while not found.count():
+        area.evaluate("area => { area.scrollTop += 400 }")
+        page.evaluate("() => new Promise(requestAnimationFrame)")
+    found.scroll_into_view_if_needed()
+    return found
+
+
+def saved(page: sync_api.Page) -> dict[str, nbformat.NotebookNode]:
+    with page.expect_response(lambda answer: answer.request.method == "PUT"):
+        page.get_by_role("button", name="Save and create checkpoint").click()
+    return {each["id"]: each for each in nbformat.read(LESSON, 4).cells}
+
+
+def test_a_lesson_from_the_first_cell_to_the_next_day(page: sync_api.Page, server: str) -> None:
+    page.get_by_role("button", name="Restart the kernel and run all cells").click()
+    page.locator(".jp-Dialog .jp-mod-accept").click()
+
+    explorer = cell(page, "explorer")
+    explorer.locator("img[alt*='side of the matrices: 256']").wait_for(timeout=5 * MINUTES)
+    cell(page, "check-fits").get_by_text("not attempted").wait_for()
+    explorer = cell(page, "explorer")
+    explorer.locator(".noUi-handle").first.press("ArrowRight")
+    explorer.locator("img[alt*='side of the matrices: 512']").wait_for()
+
+    cell(page, "ex-fits").locator(".cm-content").click()
+    page.keyboard.press("Control+a")
+    page.keyboard.insert_text(ANSWER)
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.press("Shift+Enter")
+    cell(page, "check-fits").get_by_text("it fits, and nothing larger would").wait_for()
+
+    cells = saved(page)
+    (output,) = cells["explorer"].outputs
+    assert "image/png" in output.data and WIDGET_VIEW not in output.data
+    assert cells["ex-fits"].source == ANSWER
+    assert not [out for each in cells.values() for out in each.get("outputs", [])
+                if out.output_type == "error"]  # fmt: skip
+
+    request = urllib.request.urlopen(f"{server}/api/sessions")
+    for session in json.load(request):
+        call = urllib.request.Request(f"{server}/api/sessions/{session['id']}", method="DELETE")
+        urllib.request.urlopen(call)
+    open_lesson(page, server)
+    explorer = cell(page, "explorer")
+    explorer.locator(".jp-RenderedImage img").wait_for()
+    assert not explorer.get_by_text("Error displaying widget").count()
+
+
+def test_every_picture_of_the_page_is_found(page: sync_api.Page) -> None:
+    broken = page.evaluate(
+        "() => [...document.querySelectorAll('.jp-Notebook img')]"
+        ".filter(img => img.complete && !img.naturalWidth).map(img => img.src)"
+    )
+    assert broken == []
