@@ -18,7 +18,9 @@ PYTEST := $(PY) -m pytest
 # A timeout always: without one, nbval waits for ever for a kernel that died.
 # loadfile: the cells of one notebook share a kernel, so they stay on one worker.
 UNIT := -n 2
-NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 -n 2 --dist loadfile notebooks/
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 -n 2 --dist loadfile
+
+LINT := $(PY) -m ruff check . && $(VENV)/$(SCRIPTS)/lint-imports
 
 # Jupyter looks here first for the kernel "python3", so it is this environment's own.
 export JUPYTER_PATH := $(CURDIR)/$(VENV)/share/jupyter
@@ -34,10 +36,11 @@ ifeq ($(shell id -u),0)
 ROOT := --allow-root
 endif
 
-.PHONY: help lab fresh test browser unit nb notebooks conformance images bench lint constraints clean
+.PHONY: help lab fresh test browser unit nb notebooks portable test-with conformance images bench lint \
+  constraints clean
 
 help: ## Show this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 # More flags for JupyterLab: make lab LAB=--no-browser
 lab: $(STAMP) ## Install everything, then open a working copy of the lessons in JupyterLab
@@ -46,15 +49,9 @@ lab: $(STAMP) ## Install everything, then open a working copy of the lessons in 
 fresh: $(STAMP) ## Fetch a lesson anew into your working copy, with your answers (NB=02)
 	$(PY) tools/lab.py --fresh $(NB)
 
-test: $(STAMP) ## Check all: lint, unit tests, then every notebook against its outputs
-	@rm -f build/unit.xml build/nb.xml
-	@status=0; lint=; \
-	$(PY) -m ruff check . || { status=1; lint="Style mistakes too: make lint shows them."; }; \
-	$(PYTEST) $(UNIT) --junitxml=build/unit.xml || status=1; \
-	$(PYTEST) $(NBVAL) --junitxml=build/nb.xml || status=1; \
-	test -z "$$lint" || echo "$$lint"; \
-	$(PY) tests/summary.py build/unit.xml build/nb.xml || status=1; \
-	exit $$status
+test: $(STAMP) ## Check all: lint, unit tests, and every notebook against its outputs
+	@lint=0; ($(LINT)) || { lint=1; echo "Lint is not content, see above; the tests go on." >&2; }; \
+	$(PYTEST) $(NBVAL) tests notebooks && exit $$lint
 
 unit: $(STAMP) ## Run the unit tests only
 	$(PYTEST) $(UNIT)
@@ -66,7 +63,21 @@ conformance: $(STAMP) ## Compare all of PyTorch's own test databases with the CP
 	$(PYTEST) $(UNIT) tests/conformance
 
 nb: $(STAMP) ## Check every notebook against its committed outputs only
-	$(PYTEST) $(NBVAL)
+	$(PYTEST) $(NBVAL) notebooks
+
+portable: $(STAMP) ## Which cells print something else on other CPUs (NB=notebooks/02_x.ipynb)
+	$(PY) tools/portable.py $(NB)
+
+# Another virtual environment under build/, for `make clean` to remove.
+OTHER = build/torch-$(TORCH)
+test-with: ## Run the unit tests under another PyTorch (TORCH=2.14.1)
+	@test -n "$(TORCH)" || { echo "Say which PyTorch: make test-with TORCH=2.14.1" >&2; exit 1; }
+	@test -d $(OTHER) || $(PYTHON) -m venv $(OTHER)
+	@echo "Installing PyTorch $(TORCH) and everything else in $(OTHER) (minutes, the first time) ..."
+	@sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(OTHER)/constraints.txt
+	@$(OTHER)/$(SCRIPTS)/python -m pip install -q -c $(OTHER)/constraints.txt -e ".[lab,test]"
+	COURSE_DEVICES=virtual OMP_NUM_THREADS=1 JUPYTER_PATH=$(CURDIR)/$(OTHER)/share/jupyter \
+	  $(OTHER)/$(SCRIPTS)/python -m pytest $(UNIT) tests
 
 notebooks: $(STAMP) ## Run the notebooks anew and keep their outputs (one: NB=notebooks/02_x.ipynb)
 	$(PY) tools/notebook_tools.py execute $(NB)
@@ -77,8 +88,8 @@ images: $(STAMP) ## Draw every picture anew
 bench: $(STAMP) ## Run the benchmarks
 	$(PY) tools/bench_virtual.py
 
-lint: $(STAMP) ## Look for style mistakes
-	$(PY) -m ruff check .
+lint: $(STAMP) ## Check style (ruff) and the arrows between modules (import-linter)
+	@$(LINT)
 
 # torch keeps its pin: moving it is a decision, so edit that line by hand first. Its local version
 # and the GPU libraries it brings are left out: they follow from the machine that installs.
@@ -88,13 +99,13 @@ constraints: ## Pin the newest version of everything else than torch in constrai
 	$(PYTHON) -m venv "$$fresh"; \
 	grep '^torch==' constraints.txt > "$$fresh/torch"; \
 	$$pip install -q -c "$$fresh/torch" torch; \
-	$$pip install -q -c "$$fresh/torch" -e ".[test]"; \
+	$$pip install -q -c "$$fresh/torch" -e ".[lab,test]"; \
 	$$pip freeze --all --exclude pip --exclude-editable > "$$fresh/all"; \
 	{ echo "# What the committed outputs were made with. Refresh: make constraints"; \
 	  sed -E -e 's/\+.*//' -e '/^(nvidia|cuda|triton)/d' "$$fresh/all"; } > constraints.txt
 
 clean: ## Remove caches and build leftovers (.venv stays)
-	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis notebooks/.ipynb_checkpoints
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis notebooks/.ipynb_checkpoints
 	find course_lib images tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 # torch first, at its pin: then nothing installed later can bring another build of it.
@@ -106,5 +117,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing PyTorch (minutes, the first time) ..."
 	@$(PIP) install -q -c constraints.txt torch
 	@echo "Installing everything else ..."
-	@$(PIP) install -q -c constraints.txt -e ".[test]"
+	@$(PIP) install -q -c constraints.txt -e ".[lab,test]"
 	@touch $(STAMP)

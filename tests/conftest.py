@@ -1,18 +1,32 @@
-"""What all tests share: four virtual GPUs, fresh for each test."""
+"""What all tests share: a machine of their own, and four virtual GPUs in it."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 
 import matplotlib
 import pytest
 import torch
 
 import course_lib
+from course_lib.virtual import backend
+from leftovers import own_machine
 from round_numbers import SPEC
 
 matplotlib.use("agg")
 torch.set_num_threads(1)  # the tensors are tiny, and pytest-xdist already uses the cores
+backend.register()  # once a process, and never undone: no test is the first
+
+# Whether a test failed, for the fixture that looks at what it left.
+FAILED = pytest.StashKey[bool]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests come in random order, the cells of a notebook in theirs."""
+    cells = [item for item in items if item.path.suffix == ".ipynb"]
+    cells.sort(key=lambda cell: (cell.path, cell.cell_num))
+    items[:] = [item for item in items if item.path.suffix != ".ipynb"] + cells
 
 
 def pytest_collection_finish() -> None:
@@ -21,17 +35,31 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    """Note which tests failed, for the fixture below."""
+    report = yield
+    if report.failed:
+        item.stash[FAILED] = True
+    return report
+
+
+@pytest.fixture(autouse=True)
+def _own_machine(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Empty virtual GPUs for each test; it fails if it leaves anything behind."""
+    with own_machine() as left:
+        yield
+        request.node.funcargs.clear()  # what other fixtures gave the test is gone with it
+    # The traceback of a test that failed holds its tensors.
+    if left and not request.node.stash.get(FAILED, False):
+        pytest.fail("this test leaves behind: " + ", ".join(left), pytrace=False)
+
+
 @pytest.fixture
 def vgpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
-    """``vgpu:0`` to ``vgpu:3``: nothing on them, their clock at zero, their dice seeded."""
+    """``vgpu:0`` to ``vgpu:3``: nothing on them, and their clock at zero."""
     monkeypatch.setenv("COURSE_DEVICES", "virtual")
-    devices = course_lib.devices(4)
-    if any(course_lib.memory_in_use(device) for device in devices):
-        gc.collect()  # what an earlier test's traceback held
-    for device in devices:
-        course_lib.reset_peak_memory(device)
-    torch.manual_seed(0)
-    return devices
+    return course_lib.devices(4)
 
 
 @pytest.fixture

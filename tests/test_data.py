@@ -37,3 +37,12 @@ def test_a_seed_names_a_batch() -> None:
     corpus = text()
     assert torch.equal(corpus.batch(4, 8, seed=1)[0], corpus.batch(4, 8, seed=1)[0])
     assert not torch.equal(corpus.batch(4, 8, seed=1)[0], corpus.batch(4, 8, seed=2)[0])
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    """Counted once in scikit-learn's copy of them."""
+    data = digits()
+    pixels = torch.cat([data.x_test, data.x_train]) * 16
+    labels = torch.cat([data.y_test, data.y_train])
+    assert int(pixels.sum()) == 561_718
+    assert torch.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]

@@ -1,6 +1,8 @@
 """What a lesson derives and what course_lib keeps of it give the same parameters."""
 
 import copy
+from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +10,7 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from torch.nn import functional as F
 
 from course_lib import devices
@@ -26,18 +29,40 @@ from course_lib.parallel.proof import largest_difference
 from course_lib.parallel.tensor_parallel import ParallelMLP
 from notebook_tools import NOTEBOOKS
 
+namespaces: list[dict] = []
+
+
+@pytest.fixture(autouse=True)
+def _empty_namespaces() -> Iterator[None]:
+    """A lesson's hooks hold on to its names, and its tensors to the hooks: Python cannot tell."""
+    yield
+    for names in namespaces:
+        names.clear()
+    namespaces.clear()
+
+
+@cache
+def sources(notebook: str) -> dict[str, str]:
+    """The cells of a lesson by their ids."""
+    nb = nbformat.read(Path(NOTEBOOKS) / notebook, as_version=4)
+    return {cell["id"]: cell.source for cell in nb.cells}
+
 
 def definitions(notebook: str, *cell_ids: str) -> SimpleNamespace:
-    """What the named cells of a lesson define, after its set-up cell."""
-    nb = nbformat.read(Path(NOTEBOOKS) / notebook, as_version=4)
-    source = {cell["id"]: cell.source for cell in nb.cells}
+    """What the named cells of a lesson define, after its set-up cell.
+
+    For one test only: a namespace holds tensors, which are gone with the test's machine.
+    """
+    source = sources(notebook)
     names: dict = {}
-    for cell_id in ("setup", *cell_ids):
-        exec(source[cell_id], names)
+    namespaces.append(names)
+    with plt.rc_context():  # the lesson's look stays in the lesson
+        for cell_id in ("setup", *cell_ids):
+            exec(source[cell_id], names)
     return SimpleNamespace(**names)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def lesson_02() -> SimpleNamespace:
     return definitions(
         "02_data_parallelism.ipynb",
@@ -50,24 +75,24 @@ def lesson_02() -> SimpleNamespace:
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def lesson_03() -> SimpleNamespace:
     cells = ("tree", "ring", "step", "order", "bucket-groups", "bucket-class")
     return definitions("03_all_reduce.ipynb", *cells)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def lesson_04() -> SimpleNamespace:
     return definitions("04_model_parallelism.ipynb", "general")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def lesson_05() -> SimpleNamespace:
     cells = ("model", "gpipe", "one-f-one-b", "held", "walk", "stage", "send", "run")
     return definitions("05_pipeline_parallelism.ipynb", *cells)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def lesson_06() -> SimpleNamespace:
     return definitions("06_tensor_parallelism.ipynb", "conjugates", "vocabulary")
 

@@ -91,21 +91,62 @@ def test_normalise_takes_paths_out_of_tracebacks():
     assert problems(nb) == []
 
 
+def result(text: str):
+    return new_output("execute_result", data={"text/plain": text}, execution_count=1)
+
+
 @pytest.mark.parametrize(
     ("cell", "problem"),
     [
         (code(outputs=[stream("<f at 0x7f3a>")]), "memory address"),
+        (code("object()", outputs=[result("<object object at 0x7f1c2b9d0a10>")]), "memory address"),
+        (code("plot([1, 2]);"), "semicolon"),
+        (code(outputs=[stream("UserWarning: old", "stderr")]), "stderr"),
         (code(outputs=[stream("in /home/ada/x.py")]), "path of this machine"),
         (code(outputs=[stream("in C:\\Users\\ada\\x.py")]), "path of this machine"),
-        (code(outputs=[stream("careful", "stderr")]), "stderr"),
+        (code(outputs=[stream("2026-09-22 14:03:11.482913")]), "time of day"),
+        (code(outputs=[stream("ready at 9:03:11")]), "time of day"),
+        (code("print(took)", outputs=[stream("took 0.1837 s")]), "duration"),
+        (code("print(took)", outputs=[stream("Elapsed: 18 ms")]), "duration"),
+        (code("print(perf_counter() - start)", outputs=[stream("0.18")]), "real clock"),
+        (code("datetime.datetime.now()", outputs=[result("noon")]), "real clock"),
+        (code(outputs=[stream("{'norm', 'head', 'bias'}")]), "a set, whose order changes"),
+        (code(outputs=[result("frozenset({'a', 'b'})")]), "a set, whose order changes"),
+        (code(outputs=[stream("kept in tmpab12cd")]), "temporary folder"),
         (code(outputs=[new_output("error", ename="ValueError")]), "ValueError without the tag"),
         (code("\n".join(["x = 1"] * 46)), "46 lines"),
-        (code("plot();"), "semicolon"),
     ],
 )
 def test_problems_that_only_an_author_can_mend(cell, problem: str):
     (found,) = problems(canonical(cell))
     assert problem in found
+
+
+def test_a_folder_for_temporary_files_is_named_twice():
+    path, folder = problems(canonical(code(outputs=[stream("/tmp/tmpab12cd")])))[::-1]
+    assert "path of this machine" in path and "temporary folder" in folder
+
+
+@pytest.mark.parametrize(
+    ("source", "output"),
+    [
+        ("print(t.seconds)", "it took: 25.6 ms"),
+        ("show(times)", "took 25.6 ms, simulated"),
+        ("start = perf_counter()", ""),
+        ("print(sizes)", "{'norm': 3, 'head': 'a', 'bias': {'b': 1}}"),
+        ("print(f'{{x, y}}')", "{x, y} and {'alone'}"),
+        ("print(ratio)", "3:20 and 1.5 ms, 2026-09-22"),
+        ("print(attempt)", "attempt.tmp and tmp"),
+    ],
+)
+def test_what_stays_as_it_is_from_run_to_run_is_no_problem(source: str, output: str):
+    assert problems(canonical(code(source, outputs=[stream(output)] if output else []))) == []
+
+
+def test_measured_times_are_welcome_where_nbval_does_not_compare():
+    cell = code("print(perf_counter())", outputs=[stream("took 0.18 s at 14:03:11")])
+    cell.metadata["tags"] = ["nbval-ignore-output"]
+    assert problems(canonical(cell)) == []
 
 
 def test_prose_with_slashes_is_no_path():

@@ -2,18 +2,21 @@
 
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
-import rattler
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REQUIRED = [Requirement(line) for line in PROJECT["dependencies"]]
-FOR_TESTS = [Requirement(line) for line in PROJECT["optional-dependencies"]["test"]]
+EXTRAS = PROJECT["optional-dependencies"]
+TO_READ_AND_RUN = [Requirement(line) for line in EXTRAS["lab"]]
+FOR_TESTS = [Requirement(line) for line in EXTRAS["test"]]
 
 CONDA_NAMES = {"torch": "pytorch"}
 
@@ -38,19 +41,28 @@ def pins() -> dict[str, str]:
 
 def test_environment_yml_is_pyproject_for_conda():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
-    specs = [line for line in environment["dependencies"] if isinstance(line, str)]
-    parsed = [rattler.MatchSpec(spec, strict=True) for spec in specs]
-    found = {spec.name.normalized: str(spec.version or "") for spec in parsed}
-    expected = {CONDA_NAMES.get(need.name, need.name): str(need.specifier) for need in REQUIRED}
-    expected |= {"python": PROJECT["requires-python"], "pip": ""}
+    # A conda spec of a name and bounds reads as pip's does.
+    specs = [Requirement(line) for line in environment["dependencies"] if isinstance(line, str)]
+    found = {spec.name: spec.specifier for spec in specs}
+    expected = {
+        CONDA_NAMES.get(need.name, need.name): need.specifier for need in REQUIRED + TO_READ_AND_RUN
+    }
+    expected |= {"python": SpecifierSet(PROJECT["requires-python"]), "pip": SpecifierSet()}
     assert found == expected
     assert environment["name"] == PROJECT["name"]
     assert environment["dependencies"][-1] == {"pip": ["-e ."]}
 
 
-@pytest.mark.parametrize("need", REQUIRED + FOR_TESTS, ids=lambda need: need.name)
+@pytest.mark.parametrize(
+    "need", REQUIRED + TO_READ_AND_RUN + FOR_TESTS, ids=lambda need: need.name
+)
 def test_every_dependency_has_a_pin_that_satisfies_it(need: Requirement):
     assert need.specifier.contains(pins()[bare(need.name)])
+
+
+def test_what_the_package_needs_at_run_time_suits_a_notebook_service():
+    names = {need.name for need in REQUIRED}
+    assert names == {"torch", "numpy", "matplotlib", "ipywidgets", "tqdm"}
 
 
 def test_constraints_are_names_and_public_versions_only():
@@ -78,3 +90,15 @@ def test_readme_gives_the_two_commands():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "make lab" in text
     assert "make test" in text
+
+
+def test_importing_the_methods_loads_no_matplotlib():
+    """So it changes no rcParams either."""
+    program = (
+        "import pkgutil, sys, importlib, course_lib.parallel as package\n"
+        "for module in pkgutil.iter_modules(package.__path__):\n"
+        "    importlib.import_module(f'{package.__name__}.{module.name}')\n"
+        "assert 'matplotlib' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -515,3 +515,9 @@ def test_torch_compile_says_in_one_line_that_it_does_not_work(
 def test_torch_compile_still_compiles_for_the_cpu(fresh_compiler: None):
     compiled = torch.compile(lambda x: x * 2 + 1, backend="eager", fullgraph=True)
     assert compiled(torch.ones(3)).tolist() == [3, 3, 3]
+
+
+def test_a_default_device_serves_every_function_that_makes_tensors(vgpus: Devices):
+    with torch.device("meta"):
+        made = [torch.tensor([1.0]), torch.as_tensor([1.0]), torch.zeros(1)]
+    assert [tensor.device.type for tensor in made] == ["meta"] * 3

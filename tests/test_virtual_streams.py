@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from matplotlib import pyplot as plt
 
 import course_lib
 from course_lib import StreamHazard
@@ -277,8 +278,9 @@ def test_the_picture_shows_what_a_device_does_at_the_same_time(gpus: Devices):
         x @ x
         with sender, receiver:
             x.to(gpus[1])
-    labels = [label.get_text() for label in recording.plot().get_yticklabels()]
-    assert labels == [
+    ax = recording.plot()
+    plt.close(ax.figure)
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
         "vgpu:0 computes",
         "sends",
         "receives",

@@ -12,9 +12,12 @@ import copy
 import html
 import json
 import re
+import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +34,7 @@ METADATA = {
 }
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 LONGEST_CELL = 45  # lines; about a screen
+IGNORE = "tag the cell nbval-ignore-output"
 
 CELL_ID = re.compile(r"[a-z0-9-]+")
 RANDOM_ID = re.compile(r"[0-9a-f]{8,}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -41,6 +45,21 @@ MACHINE_PATH = re.compile(
     r"|\b[A-Z]:\\[\w ]+\\"
     r"|\bsite-packages\b"
 )
+TEMPORARY = re.compile(r"(?<![a-zA-Z0-9])tmp[a-z0-9_]{6,8}\b")
+TIME_OF_DAY = re.compile(r"\b\d{4}-\d\d-\d\d[ T]\d\d:\d\d|\b\d{1,2}:\d\d:\d\d\b")
+DURATION = re.compile(
+    r"\b(?:took|elapsed|wall(?: time)?|(?:done|finished|ran) in)\b\D{0,12}"
+    r"\d[\d.]*\s*(?:ns|[uµm]?s|sec(?:onds)?|min(?:utes)?)\b",
+    re.IGNORECASE,
+)
+# A cell that reads the simulated clock, whose seconds are exact, and one that reads a real one.
+SIMULATED = re.compile(r"\.seconds\b|\bhost_seconds\b|\bstep_times\b|\bsimulated\b")
+REAL_CLOCK = re.compile(
+    r"\bperf_counter\b|\btime\.(?:time|monotonic|process_time)\b|\bdatetime\b.*\b(?:now|today)\("
+    r"|\btimeit\b|%%?time\b"
+)
+# Two strings or more in braces, and no colon after the first: not a dict.
+SET_OF_STRINGS = re.compile(r"""\{(?:'[^'\n]*'|"[^"\n]*"), ?(?:'[^'\n]*'|"[^"\n]*")[^:\n]*?\}""")
 # In a traceback: whatever stands before course_lib/, or before the name of an installed package.
 TRACEBACK_ROOT = re.compile(
     r"(?:~|[A-Za-z]:)?[/\\][^\s\x1b]*?(?:site-packages[/\\]|(?=\bcourse_lib[/\\]))"
@@ -160,7 +179,10 @@ def _code_problems(cell: NotebookNode, count: int) -> list[str]:
             found.append(f"raises {output.ename} without the tag raises-exception")
         if output.get("name") == "stderr" and "nbval-ignore-output" not in tags:
             found.append(f"writes to stderr: {output.text.strip()[:80]!r}")
-        found += _text_problems(_all_text(output))
+        text = _all_text(output)
+        found += _text_problems(text)
+        if "nbval-ignore-output" not in tags:
+            found += _unsteady(text, cell.source)
     return found
 
 
@@ -177,9 +199,25 @@ def _all_text(output: NotebookNode) -> str:
     )
 
 
+def _unsteady(text: str, source: str) -> list[str]:
+    """What an output holds that another run would print otherwise, and nbval would refuse."""
+    found = []
+    if match := TIME_OF_DAY.search(text):
+        found.append(f"prints the time of day, {match[0]!r}: leave it out, or {IGNORE}")
+    if REAL_CLOCK.search(source):
+        found.append(f"prints what a real clock measured: {IGNORE}")
+    elif (match := DURATION.search(text)) and not SIMULATED.search(source + text):
+        found.append(f"prints a duration that no simulated clock gave, {match[0]!r}: {IGNORE}")
+    if match := SET_OF_STRINGS.search(text):
+        found.append(f"prints a set, whose order changes, {match[0][:60]!r}: print sorted(...)")
+    return found
+
+
 def _text_problems(text: str) -> list[str]:
     text = ANSI.sub("", text)
     found = []
+    if match := TEMPORARY.search(text):
+        found.append(f"prints the name of a temporary folder or file: {match[0]!r}")
     if match := ADDRESS.search(text):
         found.append(f"prints a memory address: {match[0]!r}")
     if match := MACHINE_PATH.search(text):
@@ -313,15 +351,28 @@ def said(cell: NotebookNode) -> str:
 def execute(nb: NotebookNode, cwd: Path = NOTEBOOKS) -> NotebookNode:
     """Run a copy of `nb` in a fresh kernel and return it, its outputs filled in."""
     nb = copy.deepcopy(nb)
-    NotebookClient(
+    client = NotebookClient(
         nb,
         kernel_name="python3",
         timeout=300,
         store_widget_state=False,
         record_timing=False,
         resources={"metadata": {"path": str(cwd)}},
-    ).execute()
+    )
+    with _same_handlers():
+        client.execute()
     return nb
+
+
+@contextmanager
+def _same_handlers() -> Iterator[None]:
+    """Put back the signal handlers that nbclient replaces with Python's."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(arguments: list[str]) -> int:

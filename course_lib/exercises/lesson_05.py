@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from course_lib import hardware, timeline
+from course_lib import CLASSROOM, hardware, timeline
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
 from course_lib.parallel.pipeline import Pipeline
 from course_lib.parallel.schedule_chart import draw, step_times
 from course_lib.parallel.schedules import Schedule, Step, gpipe, held
 from course_lib.parallel.schedules import check as check_schedule
-from course_lib.virtual.spec import CLASSROOM
 
 GPUS, MICROBATCHES, MOST_HELD = 2, 4, 2
 

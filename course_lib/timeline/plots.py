@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from course_lib import style
-from course_lib.timeline.recording import Trace
+
+if TYPE_CHECKING:  # a recording draws itself here
+    from course_lib.timeline.recording import Trace
 
 LOOKS = {
     "matmul": {"facecolor": style.BLUE, "edgecolor": "white"},

@@ -10,7 +10,5 @@ def all_exercises() -> list[Answers]:
     """Every lesson's exercises, in reading order, with the answers that their tests feed in."""
     modules = sorted(module.name for module in iter_modules(__path__))
     return [
-        exercise
-        for name in modules
-        for exercise in import_module(f"{__name__}.{name}").EXERCISES
+        exercise for name in modules for exercise in import_module(f"{__name__}.{name}").EXERCISES
     ]

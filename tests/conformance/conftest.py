@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     seen: Counter[str] = Counter()
     left_out = []
-    for item in items:
+    for item in sorted(items, key=lambda item: item.nodeid):  # the same ones in any order
         if item.path.parent.name == "conformance" and hasattr(item, "callspec"):
             test = item.originalname
             if seen[test] % EVERY:

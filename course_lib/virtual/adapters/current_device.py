@@ -11,6 +11,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 from course_lib.virtual.machine import DEVICE_TYPE
 from course_lib.virtual.tensor import device_of, index_of
@@ -18,6 +19,7 @@ from course_lib.virtual.tensor import device_of, index_of
 
 def prepare() -> None:
     """Change PyTorch as the module's text says. To be called once."""
+    _device_constructors()  # what torch.set_default_device knows, while these are PyTorch's own
     torch.Tensor.to = _with_index_first(torch.Tensor.to)
     torch.Tensor.new_tensor = _with_index(torch.Tensor.new_tensor)
     torch.tensor = _with_index(torch.tensor)
