@@ -28,16 +28,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The committed outputs are those of virtual GPUs, on a machine with real ones too. The models are
 # small, and tests run side by side: more threads would only get in each other's way.
-test unit nb notebooks conformance: export COURSE_DEVICES := virtual
-test unit nb notebooks conformance: export OMP_NUM_THREADS := 1
+test unit nb notebooks conformance pytorch-tests: export COURSE_DEVICES := virtual
+test unit nb notebooks conformance pytorch-tests: export OMP_NUM_THREADS := 1
 
 # In a container one is often root, and Jupyter wants to be told that this is meant.
 ifeq ($(shell id -u),0)
 ROOT := --allow-root
 endif
 
-.PHONY: help lab fresh test browser unit nb notebooks portable test-with conformance images bench lint \
-  constraints clean
+.PHONY: help lab fresh test browser unit nb notebooks portable test-with conformance \
+  pytorch-tests images bench lint constraints clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -61,6 +61,10 @@ browser: $(STAMP) ## Try a lesson in JupyterLab in a real browser (needs playwri
 
 conformance: $(STAMP) ## Compare all of PyTorch's own test databases with the CPU (minutes)
 	$(PYTEST) $(UNIT) tests/conformance
+
+# TESTS=folder: the folder "test" of PyTorch's source, of a version near the one installed.
+pytorch-tests: $(STAMP) ## Run PyTorch's own device-generic tests on virtual GPUs (an hour)
+	$(PY) tools/run_pytorch_tests.py $(TESTS)
 
 nb: $(STAMP) ## Check every notebook against its committed outputs only
 	$(PYTEST) $(NBVAL) notebooks

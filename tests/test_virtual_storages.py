@@ -72,6 +72,15 @@ def test_copies_of_a_storage_have_bytes_of_their_own():
     assert torch.empty(0, device="vgpu:1").set_(moved).tolist() == [1, 1, 1]
 
 
+def test_storages_are_made_on_a_device():
+    assert torch.UntypedStorage(8, device="vgpu:1").nbytes() == 8
+    storage = torch.UntypedStorage([1, 2, 3], device="vgpu:1")
+    assert storage.device == torch.device("vgpu:1") and storage[1:].tolist() == [2, 3]
+    typed = torch.TypedStorage([1, 2], dtype=torch.int64, device="vgpu:1")
+    assert typed._untyped_storage.nbytes() == 16
+    assert torch.UntypedStorage(4).nbytes() == torch.UntypedStorage(4, device="meta").nbytes() == 4
+
+
 # Memory that is freed and taken below the tensors, as FSDP2 does.
 
 

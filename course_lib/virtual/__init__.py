@@ -55,8 +55,9 @@ What differs from CUDA in use:
 * optimizers run parameter by parameter, as on the CPU, unless they are told ``foreach=True``;
 * a graph recorded before its model moved hands its gradients to the parameters that were, and the
   parameters where they are now get none of them;
-* a random number generator of your own (``generator=``) is refused: each device has one, seeded by
-  ``torch.manual_seed``;
+* a parameter of a virtual GPU is one by ``isinstance(p, nn.Parameter)``, not by ``type(p)``;
+* ``torch.device("vgpu:0")`` is PyTorch's error before the first ``devices()``: to register the
+  name alone would break ``torch.accelerator`` and ``pin_memory`` on the CPU and on real GPUs;
 * interrupting (Ctrl-C) is safe only with the handler that ``interrupt`` sets: where a program sets
   one of its own that raises, PyTorch's C++ code can end the process.
 

@@ -82,7 +82,7 @@ class VirtualStorage(torch.UntypedStorage):
 
     def __getitem__(self, key: int | slice) -> Any:
         part = self.as_bytes()[key]
-        return part.untyped_storage() if isinstance(key, slice) else part.item()
+        return part.clone().untyped_storage() if isinstance(key, slice) else part.item()
 
     def __setitem__(self, key: int | slice, value: int) -> None:
         self.as_bytes()[key] = value
@@ -142,6 +142,7 @@ def prepare() -> None:
             return wrapped(self, storage)
         return TypedStorage(wrap_storage=storage, dtype=self.dtype, _internal=True)
 
+    torch.UntypedStorage.__new__ = _new_storage
     torch.is_storage = lambda obj: isinstance(obj, VirtualStorage) or is_storage(obj)
     torch.storage._to = to_device
     setattr(_StorageBase, DEVICE_TYPE, move)
@@ -150,3 +151,13 @@ def prepare() -> None:
 
 def _as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _new_storage(cls: type, *args: Any, device: Any = None, **kwargs: Any) -> torch.UntypedStorage:
+    """``torch.UntypedStorage(8, device="vgpu:1")``, for which C++ has no allocator to ask."""
+    if device is None or torch.device(device).type != DEVICE_TYPE:
+        return torch._C.StorageBase.__new__(cls, *args, device=device, **kwargs)
+    content = args[0] if args else 0
+    if isinstance(content, int):
+        return torch.empty(content, dtype=torch.uint8, device=device).untyped_storage()
+    return torch.tensor(content, dtype=torch.uint8, device=device).untyped_storage()
