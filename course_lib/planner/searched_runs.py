@@ -7,6 +7,8 @@ digitized from a picture (about 1 %).
 
 from __future__ import annotations
 
+import numpy as np
+
 from course_lib.planner.clusters import cluster
 from course_lib.planner.constants import Constants
 from course_lib.planner.models import Model
@@ -46,3 +48,9 @@ def errors(table: str, constants: Constants) -> list[float]:
         measured = flops / (gpus * float(row["tflops_per_gpu"]) * 1e12)
         found.append(first.seconds / measured - 1)
     return found
+
+
+def own_rival(table: str) -> np.ndarray:
+    """Relative errors of seconds by the middle MFU of the table's own rows."""
+    reached = np.array([float(row["mfu_pct"]) for row in read(table)])
+    return reached / np.median(reached) - 1
