@@ -30,7 +30,7 @@ def draw() -> str:
         picture.arrow((left + 59, 94), (left + 59, TOP + 40), colour=SOFT)
     words = "all-reduce (sum): add up the four gradients, give everyone the sum"
     picture.box(24, REDUCE, 852, 48, words, GRADIENT, size=16, bold=True)
-    picture.text(450, 532, "Same model, same sum, same update: the four copies stay equal.", 15)
+    picture.text(450, 532, "Each GPU then updates its own copy of the model.", 15)
     return picture.svg()
 
 

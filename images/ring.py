@@ -19,7 +19,7 @@ KEY_TOP = 460
 
 def draw() -> str:
     picture = Picture(
-        620,
+        590,
         "Ring all-reduce on four GPUs",
         "Four GPUs stand in a circle: GPU 0 sends to GPU 1, GPU 1 to GPU 2, GPU 2 to GPU 3, and "
         "GPU 3 back to GPU 0. The tensor of each is cut into chunks 0 to 3. A chunk is drawn as "
@@ -28,16 +28,13 @@ def draw() -> str:
         "which adds it: GPU r sends chunk r - 1, then r - 2, then r - 3, counted modulo 4. At the "
         "end GPU r holds chunk r complete, with all four parts, and partial sums of the others. "
         "Right half: all-gather, rounds 4 to 6. GPU r sends the complete chunk r, then r - 1, "
-        "then r - 2, and the next GPU keeps a copy. At the end all GPUs hold all chunks complete. "
-        "In all 2 (N - 1) rounds, and 2 (N - 1) / N of the tensor sent by each GPU.",
+        "then r - 2, and the next GPU keeps a copy. At the end all GPUs hold all chunks complete.",
     )
     left, right = HALVES
     draw_half(picture, left, "reduce-scatter: send, and add", "at the end of round 3", 0)
     draw_half(picture, right, "all-gather: send, and copy", "at the end of round 6", 1)
     picture.line((450, 20), (450, KEY_TOP - 20), colour=tint(SOFT, 0.35), thickness=1)
     draw_key(picture)
-    words = "2 (N - 1) rounds, in each of which a GPU sends one chunk:"
-    picture.text(450, 594, "2 (N - 1) / N of the tensor in all.", 15, lead=words)
     return picture.svg()
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import course_lib
 import notebook_tools
 from course_lib.exercises.verdict import Verdict
-from course_lib.parallel.collectives import all_gather, reduce_scatter, ring_all_reduce
+from course_lib.parallel.collectives import all_gather, all_reduce, reduce_scatter, ring_all_reduce
 from course_lib.parallel.data_parallel import all_reduce_gradients
 
 Answer = Callable[..., object]
@@ -29,6 +29,7 @@ LESSON_NAMES = {
     "F": F,
     "course_lib": course_lib,
     "all_reduce_gradients": all_reduce_gradients,
+    "all_reduce": all_reduce,
     "all_gather": all_gather,
     "reduce_scatter": reduce_scatter,
     "ring_all_reduce": ring_all_reduce,

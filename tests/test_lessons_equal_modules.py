@@ -70,6 +70,7 @@ def lesson_02() -> SimpleNamespace:
         "split",
         "replicate",
         "all-reduce",
+        "together-shares",
         "together-backward",
         "together-reduce",
     )
@@ -97,7 +98,7 @@ def lesson_06() -> SimpleNamespace:
     return definitions("06_tensor_parallelism.ipynb", "conjugates", "vocabulary")
 
 
-def train(method, model, gpus, batches, loss_function) -> list:
+def train(method, shares_of, model, gpus, batches, loss_function) -> list:
     """Three steps of data-parallel training with a lesson's functions or a module's."""
     replicas = method.replicate(model, gpus)
     optimizers = [torch.optim.AdamW(r.parameters(), lr=1e-3) for r in replicas]
@@ -105,7 +106,8 @@ def train(method, model, gpus, batches, loss_function) -> list:
         for optimizer in optimizers:
             optimizer.zero_grad()
         xs, ys = method.split(x, gpus), method.split(y, gpus)
-        method.backward_on_shards(replicas, xs, ys, loss_function, len(x))
+        shares = shares_of(y, len(gpus), (y != -100).sum().item())
+        method.backward_on_shards(replicas, xs, ys, loss_function, shares)
         method.all_reduce_gradients(replicas)
         for optimizer in optimizers:
             optimizer.step()
@@ -115,7 +117,7 @@ def train(method, model, gpus, batches, loss_function) -> list:
 MODULE_02 = SimpleNamespace(
     replicate=data_parallel.replicate,
     split=data_parallel.split_batch,
-    # The lesson is told how many examples a batch has; the module counts targets.
+    # The lesson is told what to weight each shard with; the module counts targets itself.
     backward_on_shards=lambda *arguments: data_parallel.backward_on_shards(*arguments[:-1]),
     all_reduce_gradients=data_parallel.all_reduce_gradients,
 )
@@ -127,18 +129,21 @@ def test_lesson_02_and_data_parallel_train_to_the_same_bits(lesson_02, count: in
     torch.manual_seed(0)
     model = MLP(64, 32, 10)
     batches = [(torch.randn(n, 64), torch.randint(10, (n,))) for n in (24, 24, 7)]
-    lesson = train(lesson_02, model, gpus, batches, F.cross_entropy)
-    module = train(MODULE_02, model, gpus, batches, F.cross_entropy)
+    lesson = train(lesson_02, lesson_02.shares_of, model, gpus, batches, F.cross_entropy)
+    module = train(MODULE_02, lesson_02.shares_of, model, gpus, batches, F.cross_entropy)
     assert largest_difference(lesson[-1], module[-1]) == 0
 
 
-def test_lesson_02_and_data_parallel_agree_on_a_tied_gpt(lesson_02) -> None:
+@pytest.mark.parametrize("padded", [0, 5])
+def test_lesson_02_and_data_parallel_agree_on_a_tied_gpt(lesson_02, padded: int) -> None:
     gpus = devices(3)
     torch.manual_seed(0)
     model = GPT(20, context=8, width=16, heads=2, depth=1, tied=True)
     batches = [(torch.randint(20, (5, 8)), torch.randint(20, (5, 8))) for _ in range(3)]
-    lesson = train(lesson_02, model, gpus, batches, next_token_loss)
-    module = train(MODULE_02, model, gpus, batches, next_token_loss)
+    for _, y in batches:
+        y[:2, 8 - padded :] = -100  # a shard with less to count
+    lesson = train(lesson_02, lesson_02.shares_of, model, gpus, batches, next_token_loss)
+    module = train(MODULE_02, lesson_02.shares_of, model, gpus, batches, next_token_loss)
     assert largest_difference(lesson[0], module[0]) == 0
 
 

@@ -1,58 +1,113 @@
-"""Checks of lesson 02: an all-reduce, uneven shards, one exchange for many pieces."""
+"""Checks of lesson 02: three silent bugs, uneven shards, one exchange for many pieces."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from course_lib import format_bytes, hardware, timeline
+from course_lib.exercises.diagnosis import (
+    Facts,
+    Unchanged,
+    require_finite,
+    require_not_over_host,
+)
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
-from course_lib.models import MLP, parameter_count
+from course_lib.models import GPT, MLP, next_token_loss, parameter_count
 from course_lib.parallel.data_parallel import replicate, split_batch
+from course_lib.parallel.kinds import Loss
 
 
 @check
-def check_mean(all_reduce_mean: Callable[[list[Tensor]], None]) -> Verdict:
-    """Graded on the mean, bit-identical tensors, and the bytes that crossed the links."""
-    with hardware.fresh_devices(4) as gpus:
-        originals = [torch.randn(1000) for _ in gpus]
-        tensors = [tensor.to(gpu) for tensor, gpu in zip(originals, gpus, strict=True)]
-        with timeline.trace() as t:
-            all_reduce_mean(list(tensors))
-        results = [tensor.cpu() for tensor in tensors]
-        total, mean = sum(originals), sum(originals) / 4
-        if all(torch.equal(a, b) for a, b in zip(results, originals, strict=True)):
-            raise Wrong("the tensors are what they were: change them in place, with += or copy_.")
-        for gpu, result, original in zip(gpus, results, originals, strict=True):
-            if torch.equal(result, original):
-                raise Wrong(
-                    f"on {gpu} the tensor is what it was: write into it, with copy_. An = only "
-                    "gives another tensor its name."
-                )
-            if torch.allclose(result, total, atol=1e-5):
-                raise Wrong(f"on {gpu} there is the sum: divide by the number of tensors.")
-            if not torch.allclose(result, mean, atol=1e-5):
-                raise Wrong(f"on {gpu} there is not the mean of the four.")
-        moved, target = sum(t.bytes_moved.values()), 6 * originals[0].nbytes
-        facts = [("bytes moved", format_bytes(moved), f"at most {format_bytes(target)}")]
-        if any("host" in route for route in t.bytes_moved):
-            raise Wrong("tensors went over the host: move them from GPU to GPU.", facts)
-        if any(not torch.equal(results[0], result) for result in results):
-            raise Wrong(
-                "the tensors agree, but not to the last bit: a sum in another order is rounded "
-                "differently. Compute it once, and copy it.",
-                facts,
-            )
-        if moved > target:
-            raise Wrong(
-                "more bytes crossed the links than 2 (N - 1) tensors have: add up on one GPU, and "
-                "send the result to the others.",
-                facts,
-            )
-        return right("the mean on every GPU, to the last bit.", facts)
+def check_bugs(mended_gradients: Callable) -> Verdict:
+    """Graded on the cases in which the three mistakes show, one after the other."""
+    for case in _cases():
+        with hardware.fresh_devices(3) as gpus:
+            _require_case(mended_gradients, case, gpus)
+    return right("even, uneven and empty shards, a frozen layer and a shared weight.")
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A batch on which some mistakes show.
+
+    Attributes:
+        words: when it is, as in "with shards of 3, 2 and 2 images".
+    """
+
+    words: str
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    loss_function: Loss
+
+
+def _cases() -> Iterator[_Case]:
+    def images(words: str, size: int, model: nn.Module) -> _Case:
+        x, y = torch.randn(size, 64), torch.randint(10, (size,))
+        return _Case(words, model, x, y, F.cross_entropy)
+
+    yield images("with three shards of two images", 6, MLP(64, 16, 10))
+    yield images("with shards of 3, 2 and 2 images", 7, MLP(64, 16, 10))
+    yield images("with shards of 1, 1 and no image", 2, MLP(64, 16, 10))
+    frozen = MLP(64, 16, 10)
+    frozen[0].requires_grad_(False)
+    yield images("with a frozen layer", 6, frozen)
+    tied = GPT(11, context=8, width=16, heads=2, depth=1, tied=True)
+    tokens, targets = torch.randint(11, (6, 8)), torch.randint(11, (6, 8))
+    yield _Case("with a weight that two layers share", tied, tokens, targets, next_token_loss)
+
+
+def _require_case(mended_gradients: Callable, case: _Case, gpus: list[torch.device]) -> None:
+    replicas = replicate(case.model, gpus)
+    unchanged = Unchanged({f"the parameters of replica {r}": m for r, m in enumerate(replicas)})
+    xs, ys = split_batch(case.x, gpus), split_batch(case.y, gpus)
+    with timeline.trace() as t:
+        mended_gradients(replicas, list(xs), list(ys), case.loss_function)
+    unchanged.require()
+    learning = [p for p in case.model.parameters() if p.requires_grad]
+    nbytes = sum(p.nbytes for p in learning)
+    facts = [("bytes moved", format_bytes(t.bytes_between_devices), format_bytes(4 * nbytes))]
+    require_not_over_host(t, f"{case.words}, gradients", facts, least=nbytes)
+    case.loss_function(case.model(case.x), case.y).backward()
+    for rank, replica in enumerate(replicas):
+        for (name, ours), theirs in zip(
+            replica.named_parameters(), case.model.parameters(), strict=True
+        ):
+            if not theirs.requires_grad:
+                if ours.grad is not None:
+                    raise Wrong(f"{case.words}, {name} is frozen and has a gradient.", facts)
+                continue
+            _require_gradient(case.words, rank, name, ours.grad, theirs.grad, facts)
+    for replica in replicas[1:]:
+        pairs = zip(replica.parameters(), replicas[0].parameters(), strict=True)
+        if any(a.requires_grad and not torch.equal(a.grad.cpu(), b.grad.cpu()) for a, b in pairs):
+            raise Wrong(f"{case.words}, the replicas differ in the last bit: copy one sum.", facts)
+    if t.bytes_between_devices > 4 * nbytes:
+        raise Wrong(f"{case.words}, more bytes moved than one exchange takes.", facts)
+
+
+def _require_gradient(
+    words: str, rank: int, name: str, ours: Tensor | None, theirs: Tensor, facts: Facts
+) -> None:
+    if ours is None:
+        raise Wrong(
+            f"{words}, {name} of replica {rank} has no gradient, so that its optimizer leaves it "
+            "where it was.",
+            facts,
+        )
+    require_finite([ours], f"the gradients, {words}")
+    if torch.allclose(ours.cpu(), theirs, atol=1e-6):
+        return
+    scale = (ours.cpu() * theirs).sum() / (theirs**2).sum()
+    times = ""
+    if torch.allclose(ours.cpu(), scale * theirs, atol=1e-5):
+        times = f": it is {scale:.2f} times what it should be"
+    raise Wrong(f"{words}, the gradient of {name} on replica {rank} is wrong{times}.", facts)
 
 
 @check
@@ -80,6 +135,7 @@ def check_combine(combine: Callable[[list[Tensor | None], list[int]], Tensor]) -
                     f"each gradient, {tuple(expected.shape)}."
                 )
             answer = answer.cpu().to(expected.dtype)
+            require_finite([answer], f"the result for shards of {sizes} images")
             if torch.allclose(answer, expected, atol=1e-6):
                 continue
             hint = ""
@@ -119,73 +175,73 @@ def check_once(accumulate_and_exchange: Callable) -> Verdict:
     with hardware.fresh_devices(3) as gpus:
         model = MLP(64, 32, 10)
         x, y = torch.randn(70, 64), torch.randint(10, (70,))
+        y[3:14], y[28:31], y[50:] = -100, -100, -100  # a shard, some, and a piece have no label
         pieces = [
-            (split_batch(xs, gpus), split_batch(ys, gpus))
+            (list(split_batch(xs, gpus)), list(split_batch(ys, gpus)))
             for xs, ys in zip(x.split(25), y.split(25), strict=True)
         ]
         replicas = replicate(model, gpus)
+        unchanged = Unchanged({f"the parameters of replica {r}": m for r, m in enumerate(replicas)})
         F.cross_entropy(model(x), y).backward()
         with timeline.trace() as t:
             accumulate_and_exchange(replicas, pieces, F.cross_entropy)
+        unchanged.require()
         moved, target = t.bytes_between_devices, 2 * 2 * 4 * parameter_count(model)
         facts = [("bytes moved", format_bytes(moved), format_bytes(target))]
-        if any(p.grad is None for replica in replicas for p in replica.parameters()):
-            raise Wrong("a replica has no gradients: call .backward() on its losses.", facts)
-        over_host = sum(nbytes for route, nbytes in t.bytes_moved.items() if "host" in route)
-        if over_host >= 4 * parameter_count(model):
-            raise Wrong("gradients went over the host: move them from GPU to GPU.", facts)
+        for rank, replica in enumerate(replicas):
+            if any(p.grad is None for p in replica.parameters()):
+                raise Wrong(f"replica {rank} has no gradients.", facts)
+            require_finite(
+                [p.grad for p in replica.parameters()], f"the gradients of replica {rank}"
+            )
+        require_not_over_host(t, "gradients", facts, least=4 * parameter_count(model))
         if moved == 0:
             raise Wrong("nothing was exchanged: each replica has the gradient of its own shards.")
-        if moved >= 2 * target:
-            raise Wrong(
-                "the gradients were exchanged more than once. Besides the bytes, the second "
-                "exchange adds up sums that were added up before.",
-                facts,
-            )
-        if moved > target:
-            raise Wrong(
-                "more bytes crossed the links than one exchange takes, 2 (N - 1) times the "
-                "gradients: add up on one GPU, and send the result to the others.",
-                facts,
-            )
-        busy = {span.device for span in t.spans if span.kind == "matmul"}
-        for index, gpu in enumerate(gpus):
-            if index not in busy:
-                raise Wrong(f"{gpu} computed nothing: each replica runs its own shards.", facts)
+        _require_one_exchange(moved, target, facts)
         for replica in replicas:
             _require_gradients(replica, model, facts)
         gradients = [[p.grad.cpu() for p in replica.parameters()] for replica in replicas]
         for others in gradients[1:]:
             if not all(torch.equal(a, b) for a, b in zip(gradients[0], others, strict=True)):
                 raise Wrong("the replicas' gradients differ in the last bit: copy one result.")
-        return right("three pieces, one exchange.", facts)
+        busy = {span.device for span in t.spans if span.kind == "matmul"}
+        for index, gpu in enumerate(gpus):
+            if index not in busy:
+                raise Wrong(f"{gpu} computed nothing: each replica runs its own shards.", facts)
+        return right("three pieces, 36 labelled images, one exchange.", facts)
 
 
-def _require_gradients(replica: nn.Module, model: nn.Module, facts: list) -> None:
-    pairs = list(zip(replica.parameters(), model.parameters(), strict=True))
-
-    def close(factor: float) -> bool:
-        return all(torch.allclose(a.grad.cpu() / factor, b.grad, atol=1e-6) for a, b in pairs)
-
-    if close(1.0):
-        return
-    scale = sum((a.grad.cpu() * b.grad).sum() for a, b in pairs) / sum(
-        (b.grad**2).sum() for _, b in pairs
-    )
-    if scale > 1.5:
+def _require_one_exchange(moved: int, target: int, facts: Facts) -> None:
+    if moved >= 2 * target:
         raise Wrong(
-            f"the gradient is about {scale:.0f} times too large: weight each shard's loss with "
-            "its share of all the images.",
+            "the gradients were exchanged more than once. Besides the bytes, the second exchange "
+            "adds up sums that were added up before.",
             facts,
         )
-    if scale < 0.67:
+    if moved > target:
         raise Wrong(
-            f"the gradient is about {scale:.2f} times what it should be. Is something divided "
-            "after the weights, which already add up to one, or set to zero between the pieces?",
+            "more bytes crossed the links than one exchange takes, 2 (N - 1) times the gradients: "
+            "add up on one GPU, and send the result to the others.",
+            facts,
+        )
+
+
+def _require_gradients(replica: nn.Module, model: nn.Module, facts: Facts) -> None:
+    pairs = [
+        (a.grad.cpu(), b.grad)
+        for a, b in zip(replica.parameters(), model.parameters(), strict=True)
+    ]
+    if all(torch.allclose(a, b, atol=1e-6) for a, b in pairs):
+        return
+    scale = sum((a * b).sum() for a, b in pairs) / sum((b**2).sum() for _, b in pairs)
+    if all(torch.allclose(a, scale * b, atol=1e-5) for a, b in pairs):
+        raise Wrong(
+            f"the gradient points the right way and is {scale:.2f} times what it should be: by "
+            "what share is each loss weighted, and is something divided besides?",
             facts,
         )
     raise Wrong(
-        "close, but not the gradient of the mean over all images: a piece of 20 images must not "
-        "count as much as one of 25, and every shard needs its own weight.",
+        "the gradient is not that of the mean over all labelled images: does each count once, in "
+        "every piece, on every replica, and no other image at all?",
         facts,
     )

@@ -1,8 +1,9 @@
-"""Checks of lesson 03: a ring all-gather, a bucket that is ready, accumulation with buckets."""
+"""Checks of lesson 03: a pipelined broadcast, the order of buckets, accumulation with buckets."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -11,6 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from course_lib import CLASSROOM, format_bytes, hardware, timeline
+from course_lib.exercises.diagnosis import (
+    Facts,
+    Unchanged,
+    require_finite,
+    require_not_over_host,
+)
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
 from course_lib.models import MLP
 from course_lib.parallel.data_parallel import replicate
@@ -18,139 +25,125 @@ from course_lib.parallel.gradient_buckets import GradientBuckets
 
 
 @check
-def check_gather(all_gather: Callable[[list[Tensor]], None]) -> Verdict:
+def check_broadcast(broadcast: Callable[[list[Tensor]], None]) -> Verdict:
     """Graded on the values, on missing waits, on the bytes each GPU sends and on the time."""
-    for count, numel in ((1, 12), (4, 12), (3, 10)):  # 3 does not divide 10
-        _require_chunks(all_gather, count, numel)
-    _require_waits(all_gather)
-    for count in (3, 4):
-        facts = _require_speed(all_gather, count)
-    return right("every GPU has every chunk, and all links worked at once.", facts)
+    for count, numel in ((1, 12), (4, 1000), (3, 10)):
+        _require_copies(broadcast, count, numel)
+    _require_waits(broadcast)
+    for count in (4, 8):
+        facts = _require_speed(broadcast, count)
+    return right("all have the tensor, in little more than the time of one copy.", facts)
 
 
-def _require_chunks(all_gather: Callable[[list[Tensor]], None], count: int, numel: int) -> None:
+def _require_copies(broadcast: Callable[[list[Tensor]], None], count: int, numel: int) -> None:
     # The trace keeps warnings about missing waits from the learner: the verdict speaks of them.
     with hardware.fresh_devices(count) as gpus, timeline.trace():
-        whole = torch.randn(numel).tensor_split(count)
         originals = [torch.randn(numel) for _ in gpus]
-        for rank, original in enumerate(originals):
-            original.tensor_split(count)[rank].copy_(whole[rank])
         tensors = [original.to(gpu) for original, gpu in zip(originals, gpus, strict=True)]
-        all_gather(list(tensors))
-        results = [tensor.cpu().tensor_split(count) for tensor in tensors]
-    for rank, (chunks, original) in enumerate(zip(results, originals, strict=True)):
-        for number, chunk in enumerate(chunks):
-            if not torch.equal(chunk, whole[number]):
-                same = torch.equal(chunk, original.tensor_split(count)[number])
-                raise Wrong(
-                    f"on {count} GPUs, with tensors of {numel} numbers, chunk {number} on GPU "
-                    f"{rank} is {'what it was' if same else 'not that of its owner'}."
-                )
+        broadcast(list(tensors))
+        results = [tensor.cpu() for tensor in tensors]
+    where = f"on {count} GPUs, with tensors of {numel} numbers,"
+    if not torch.equal(results[0], originals[0]):
+        raise Wrong(f"{where} the first tensor changed.")
+    for rank, (result, original) in enumerate(zip(results, originals, strict=True)):
+        if torch.equal(result, originals[0]):
+            continue
+        if torch.equal(result, original):
+            raise Wrong(f"{where} the tensor on GPU {rank} is what it was: write into it.")
+        raise Wrong(f"{where} the tensor on GPU {rank} is not that of the first GPU.")
 
 
-def _require_waits(all_gather: Callable[[list[Tensor]], None]) -> None:
+def _require_waits(broadcast: Callable[[list[Tensor]], None]) -> None:
     """The tensors are written right before and right after, on the main streams."""
     with hardware.fresh_devices(3) as gpus, timeline.trace() as t:
-        tensors = [torch.ones(12, device=gpu) for gpu in gpus]
-        all_gather(list(tensors))
+        tensors = [torch.ones(1000, device=gpu) for gpu in gpus]
+        broadcast(list(tensors))
         for tensor in tensors:
             tensor.zero_()
     if t.hazards:
         raise Wrong(f"a wait is missing: {t.hazards[0]}")
 
 
-def _require_speed(
-    all_gather: Callable[[list[Tensor]], None], count: int
-) -> list[tuple[str, str, str]]:
+def _require_speed(broadcast: Callable[[list[Tensor]], None], count: int) -> Facts:
     """Check bytes and seconds; returns what it took."""
-    numel = 120_000  # all counts here divide it
+    numel = 1_000_000
     spec = CLASSROOM.with_(launch_overhead=0.0)
     with hardware.fresh_devices(count, spec) as gpus:
         tensors = [torch.ones(numel, device=gpu) for gpu in gpus]
         with timeline.trace() as t:
-            all_gather(list(tensors))
-    sent, least = max(t.bytes_sent(gpu) for gpu in gpus), (count - 1) * numel // count * 4
-    ideal = (count - 1) * (spec.latency + numel // count * 4 / spec.link_bandwidth)
+            broadcast(list(tensors))
+    sent, most, one = max(t.bytes_sent(gpu) for gpu in gpus), 4 * numel, 4 * numel
+    limit = 1.3 * one / spec.link_bandwidth
     facts = [
-        ("most bytes sent by one GPU", format_bytes(sent), f"at most {format_bytes(least)}"),
-        ("time", f"{t.seconds * 1e3:.2f} ms", f"at most {ideal * 1.05e3:.2f} ms"),
+        ("GPUs", f"{count}", f"{count}"),
+        ("most bytes sent by one GPU", format_bytes(sent), f"at most {format_bytes(most)}"),
+        ("time", f"{t.seconds * 1e3:.1f} ms", f"at most {limit * 1e3:.1f} ms"),
     ]
-    if any("host" in route for route in t.bytes_moved):
-        raise Wrong("chunks went over the host: copy from GPU to GPU.", facts)
-    if sent > least:
+    require_not_over_host(t, "numbers", facts)
+    if sent > most:
         raise Wrong(
-            f"on {count} GPUs one sends more than (N - 1)/N of a tensor: send one chunk a round, "
-            "not the whole tensor, in N - 1 rounds.",
+            f"on {count} GPUs one sends more than one tensor: let each pass on what it received.",
             facts,
         )
-    if t.seconds > ideal * 1.05:
-        computing = max(
-            sum(span.end - span.start for span in t.spans if span.devices == (rank,))
-            for rank in range(count)
+    if t.seconds > limit:
+        raise Wrong(
+            f"the values are right, and on {count} GPUs it takes {t.seconds * 1e3:.1f} ms, more "
+            f"than {limit * 1e3:.1f}: does each GPU send one chunk while it receives the next, "
+            "from a side stream to a side stream, and are the chunks small enough?",
+            facts,
         )
-        why = "in each round all GPUs must send at once, from a side stream to a side stream."
-        if t.seconds - computing <= ideal * 1.05:
-            why = "what arrives is copied once more. Let copy_ write straight into its place."
-        raise Wrong(f"the values are right, and on {count} GPUs it takes too long: {why}", facts)
     return facts
 
 
 @check
-def check_ready(on_gradient: Callable[[_CountingBucket, int, str], None]) -> Verdict:
-    """Graded on when the bucket is reduced, over two steps and in several orders."""
-    names = ["2.bias", "2.weight", "0.bias"]
-    orders = {
-        "one GPU after the other": [(rank, name) for rank in range(3) for name in names],
-        "all GPUs side by side": [(rank, name) for name in names for rank in range(3)],
-        "the last GPU first": [(2 - rank, name) for rank in range(3) for name in reversed(names)],
-    }
-    for order, gradients in orders.items():
-        buckets = [_CountingBucket(names), _CountingBucket(names)]  # their gradients come mixed
+def check_launch(on_full: Callable[[_Process, int], None]) -> Verdict:
+    """Graded on which buckets are started when, over two steps and in many orders."""
+    for count in (1, 2, 5):
+        orders = list(itertools.islice(itertools.permutations(range(count)), 120))
+        processes = [_Process(count) for _ in orders]  # all at once: their notes are their own
         for step in (1, 2):
-            for place, (rank, name) in enumerate(gradients, start=1):
-                for bucket in buckets:
-                    on_gradient(bucket, rank, name)
-                if place < len(gradients):
-                    _require_reduced(buckets, step - 1, step, order, place, len(gradients))
-            _require_reduced(buckets, step, step, order, place, len(gradients))
-    return right("reduced once a step, with the last gradient of the last GPU, in any order.")
+            for place in range(count):
+                for process, order in zip(processes, orders, strict=True):
+                    on_full(process, order[place])
+                    _require_started(process, order[: place + 1], step)
+            for process in processes:
+                process.started = []
+    return right("in one order on every process, each as early as it allows, step after step.")
 
 
-class _CountingBucket(SimpleNamespace):
-    """What a hook sees of a bucket; counts how often it is reduced."""
+class _Process(SimpleNamespace):
+    """What ``on_full`` sees of a process; keeps which buckets were started in this step."""
 
-    def __init__(self, names: list[str]) -> None:
-        super().__init__(names=list(names), count=3, arrived=set(), reduced=0)
+    def __init__(self, count: int) -> None:
+        super().__init__(count=count, notes={}, started=[])
 
-    def reduce(self) -> None:
-        self.reduced += 1
+    def start(self, number: int) -> None:
+        self.started = [*self.started, number]
 
 
-def _require_reduced(
-    buckets: list[_CountingBucket], times: int, step: int, order: str, come: int, expected: int
-) -> None:
-    for bucket in buckets:
-        if bucket.reduced == times:
-            continue
-        again = " Is it still full from the step before?" if step == 2 else ""
-        if come < expected:
-            raise Wrong(
-                f"in step {step}, with {order}, a bucket was reduced when {come} of its {expected} "
-                f"gradients had come: the others are not in the sum.{again}"
-            )
-        raise Wrong(
-            f"in step {step}, with {order}, all {expected} gradients had come, and the bucket was "
-            f"reduced {bucket.reduced - times + 1} times, not once.{again}"
-        )
+def _require_started(process: _Process, full: tuple[int, ...], step: int) -> None:
+    ready = next(n for n in range(process.count + 1) if n not in full)
+    if process.started == list(range(ready)):
+        return
+    case = f"in step {step} of a process with {process.count} buckets, full so far {list(full)}:"
+    started = f"it has started {process.started}, and should have started {list(range(ready))}."
+    if step == 2 and not process.started:
+        started += " Does it begin at bucket 0 again?"
+    raise Wrong(f"{case} {started}")
 
 
 @check
 def check_accumulate(accumulate: Callable[..., None]) -> Verdict:
-    """Graded on the gradients and on the bytes that crossed the links."""
+    """Graded on the gradients, the bytes that crossed the links and the peak memory."""
     with hardware.fresh_devices(3) as gpus:
         model = MLP(16, 32, 4)
-        batches = [[(torch.randn(6, 16), torch.randint(0, 4, (6,))) for _ in gpus] for _ in "1234"]
+        examples = 200  # whose activations outweigh the parameters
+        batches = [
+            [(torch.randn(examples, 16), torch.randint(0, 4, (examples,))) for _ in gpus]
+            for _ in "1234"
+        ]
         replicas = replicate(model, gpus)
+        unchanged = Unchanged({f"the parameters of replica {r}": m for r, m in enumerate(replicas)})
         buckets = GradientBuckets(replicas, bucket_bytes=1000)
         microbatches = [_on(gpus, shards) for shards in batches]
         with timeline.trace() as t:
@@ -160,15 +153,15 @@ def check_accumulate(accumulate: Callable[..., None]) -> Verdict:
                 if any(gradient is None for gradient in ours):
                     raise Wrong(f"the replica on GPU {rank} has no gradients.")
                 gradients[rank] = torch.cat([gradient.flatten() for gradient in ours])
+        unchanged.require()
         nbytes = sum(p.nbytes for p in model.parameters())
         moved, target = t.bytes_between_devices, 2 * (len(gpus) - 1) * nbytes
         facts = [("bytes moved", format_bytes(moved), f"at most {format_bytes(target)}")]
-        if sum(n for route, n in t.bytes_moved.items() if "host" in route) >= nbytes:
-            raise Wrong("gradients went over the host: the buckets move them.", facts)
+        require_not_over_host(t, "gradients", facts, least=nbytes)
         if moved > target:
             raise Wrong(
-                "the links carry the gradients more than once. Besides, what is already the sum "
-                "of all GPUs is then added up once more.",
+                "more bytes crossed the links than the gradients have, sent once: only the last "
+                "microbatch may set the buckets off, and nothing else need cross a link.",
                 facts,
             )
         if not moved:
@@ -176,6 +169,7 @@ def check_accumulate(accumulate: Callable[..., None]) -> Verdict:
         expected = _gradients(model, batches)
         for rank, ours in enumerate(gradients):
             ours = ours.cpu()
+            require_finite([ours], f"the gradients on GPU {rank}")
             if not torch.allclose(ours, expected, atol=1e-6):
                 raise Wrong(f"on GPU {rank}: {_likely(ours, expected, batches, model)}", facts)
         if t.hazards:
@@ -183,7 +177,24 @@ def check_accumulate(accumulate: Callable[..., None]) -> Verdict:
                 f"a wait is missing: {t.hazards[0]} Is finish() called after the last backward?",
                 facts,
             )
-        return right("the gradient of the mean over all examples, exchanged once.", facts)
+        facts.append(_require_one_microbatch(t, examples, facts))
+        return right("the mean's gradient, exchanged once, one microbatch in memory.", facts)
+
+
+def _require_one_microbatch(t: timeline.Trace, examples: int, facts: Facts) -> tuple:
+    """Check that activations of one microbatch at most were held on a GPU; a row of facts."""
+    starts = [history[0][1] for history in t.memory]
+    grown = max(peak - start for peak, start in zip(t.peak_memory, starts, strict=True))
+    # Of each example the check's model keeps 32 + 32 numbers for backward, and some more in it.
+    limit = 2 * examples * (32 + 32) * 4
+    row = ("memory during it", format_bytes(grown), f"at most {format_bytes(limit)}")
+    if grown > limit:
+        raise Wrong(
+            "the gradients are right, and a GPU held the activations of several microbatches at "
+            "once: call backward for each before the next one's forward pass.",
+            [*facts, row],
+        )
+    return row
 
 
 def _on(gpus: list[torch.device], shards: list) -> tuple[list[Tensor], list[Tensor]]:

@@ -3,176 +3,162 @@
 from __future__ import annotations
 
 from functools import reduce
-from itertools import pairwise
 
 import torch
+from torch.nn import functional as F
 
 from course_lib.exercises import lesson_02
 from course_lib.parallel import collectives, data_parallel
 from course_lib.parallel.data_parallel import all_reduce_gradients
 from exercise_answers import Answers
 
-MEAN = Answers("02", "mean", lesson_02.check_mean)
+BUGS = Answers("02", "bugs", lesson_02.check_bugs)
 COMBINE = Answers("02", "combine", lesson_02.check_combine)
 ONCE = Answers("02", "once", lesson_02.check_once)
-EXERCISES = [MEAN, COMBINE, ONCE]
+EXERCISES = [BUGS, COMBINE, ONCE]
 
 
-# ----------------------------------------------------------------- 1. all-reduce to the mean
+# ----------------------------------------------------------------- 1. three silent bugs
 
 
-@MEAN.right
-def dividing_first(tensors):
-    for tensor in tensors:
-        tensor /= len(tensors)
-    collectives.all_reduce(tensors)
+def weighted_backward(replicas, xs, ys, loss_function):
+    total = sum(len(x) for x in xs)
+    for replica, x, y in zip(replicas, xs, ys, strict=True):
+        if len(x) > 0:
+            (loss_function(replica(x), y) * (len(x) / total)).backward()
 
 
-@MEAN.right
-def a_new_tensor_that_is_copied_to_all(tensors):
-    mean = torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).mean(dim=0)
-    for tensor in tensors:
-        tensor.copy_(mean)
+def plain_backward(replicas, xs, ys, loss_function):
+    for replica, x, y in zip(replicas, xs, ys, strict=True):
+        if len(x) > 0:
+            (loss_function(replica(x), y) / len(replicas)).backward()
 
 
-@MEAN.right
-def gathering_on_the_last_gpu(tensors):
-    last = tensors[-1]
-    total = reduce(lambda a, b: a + b, [tensor.to(last.device) for tensor in tensors])
-    last.copy_(total / len(tensors))
-    for tensor in tensors[:-1]:
-        tensor[:] = last.to(tensor.device)
+def fill_with_zeros(replicas):
+    for replica in replicas:
+        for parameter in replica.parameters():
+            if parameter.grad is None and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
 
 
-@MEAN.right
-def a_chain_there_and_back(tensors):
-    for left, right in pairwise(tensors):
-        right.add_(left.to(right.device))
-    tensors[-1].div_(len(tensors))
-    for right, left in pairwise(reversed(tensors)):
-        left.copy_(right)
+def reduce_each_layer(replicas):
+    """As the colleague did: a shared weight twice."""
+    for layers in zip(*(replica.modules() for replica in replicas), strict=True):
+        for copies in zip(*(layer.parameters(recurse=False) for layer in layers), strict=True):
+            gradients = [p.grad for p in copies if p.grad is not None]
+            if gradients:
+                collectives.all_reduce(gradients)
 
 
-@MEAN.right
-def a_ring_of_chunks(tensors):
-    count = len(tensors)
-    chunks = [list(tensor.chunk(count)) for tensor in tensors]
-    for step in range(count - 1):
-        for rank in range(count):
-            chunk = (rank - step) % count
-            target = chunks[(rank + 1) % count][chunk]
-            target += chunks[rank][chunk].to(target.device)
-    for rank in range(count):
-        chunks[rank][(rank + 1) % count] /= count
-    for step in range(count - 1):
-        for rank in range(count):
-            chunk = (rank + 1 - step) % count
-            chunks[(rank + 1) % count][chunk].copy_(chunks[rank][chunk])
+@BUGS.right
+def with_the_lessons_own_exchange(replicas, xs, ys, loss_function):
+    weighted_backward(replicas, xs, ys, loss_function)
+    all_reduce_gradients(replicas)
 
 
-@MEAN.wrong("vgpu:0", "the sum", "divide by the number of tensors")
-def the_sum(tensors):
-    collectives.all_reduce(tensors)
+@BUGS.right
+def zeros_first_and_each_weight_once(replicas, xs, ys, loss_function):
+    weighted_backward(replicas, xs, ys, loss_function)
+    fill_with_zeros(replicas)
+    for copies in zip(*(replica.parameters() for replica in replicas), strict=True):
+        if copies[0].grad is not None:
+            collectives.ring_all_reduce([p.grad for p in copies])
 
 
-@MEAN.wrong("vgpu:1", "the sum", "divide by the number of tensors")
-def dividing_only_on_the_first(tensors):
-    collectives.all_reduce(tensors)
-    tensors[0] /= len(tensors)
+@BUGS.right
+def the_colleagues_loop_with_a_memory(replicas, xs, ys, loss_function):
+    weighted_backward(replicas, xs, ys, loss_function)
+    fill_with_zeros(replicas)
+    seen = set()
+    for layers in zip(*(replica.modules() for replica in replicas), strict=True):
+        for copies in zip(*(layer.parameters(recurse=False) for layer in layers), strict=True):
+            if copies[0] in seen or copies[0].grad is None:
+                continue
+            seen.add(copies[0])
+            collectives.all_reduce([p.grad for p in copies])
 
 
-@MEAN.wrong("vgpu:0", "not the mean")
-def dividing_twice(tensors):
-    for tensor in tensors:
-        tensor /= len(tensors)
-    collectives.all_reduce(tensors)
-    for tensor in tensors:
-        tensor /= len(tensors)
+@BUGS.right
+def one_flat_tensor(replicas, xs, ys, loss_function):
+    weighted_backward(replicas, xs, ys, loss_function)
+    fill_with_zeros(replicas)
+    learning = [[p for p in replica.parameters() if p.requires_grad] for replica in replicas]
+    flat = [torch.cat([p.grad.flatten() for p in mine]) for mine in learning]
+    collectives.all_reduce(flat)
+    for mine, row in zip(learning, flat, strict=True):
+        for p, part in zip(mine, row.split([p.numel() for p in mine]), strict=True):
+            p.grad = part.view_as(p)
 
 
-@MEAN.wrong("vgpu:1", "is what it was", "copy_")
-def never_sending_it_back(tensors):
-    first = tensors[0]
-    for tensor in tensors[1:]:
-        first += tensor.to(first.device)
-    first /= len(tensors)
+@BUGS.wrong("with shards of 3, 2 and 2 images", "is wrong")
+def as_it_was(replicas, xs, ys, loss_function):
+    plain_backward(replicas, xs, ys, loss_function)
+    reduce_each_layer(replicas)
 
 
-@MEAN.wrong("vgpu:1", "is what it was", "gives another tensor its name")
-def rebinding_the_others(tensors):
-    first = tensors[0]
-    for tensor in tensors[1:]:
-        first += tensor.to(first.device)
-    first /= len(tensors)
-    for tensor in tensors[1:]:
-        tensor = first.to(tensor.device)
+@BUGS.wrong("with shards of 1, 1 and no image", "replica 2 has no gradient")
+def only_the_shares_mended(replicas, xs, ys, loss_function):
+    weighted_backward(replicas, xs, ys, loss_function)
+    reduce_each_layer(replicas)
 
 
-@MEAN.wrong("the tensors are what they were", "in place")
-def putting_other_tensors_into_the_list(tensors):
-    mean = sum(tensor.to(tensors[0].device) for tensor in tensors) / len(tensors)
-    for i in range(len(tensors)):
-        tensors[i] = mean.to(tensors[i].device)
+@BUGS.wrong("with a weight that two layers share", "0.token.weight")
+def the_shared_weight_left_as_it_was(replicas, xs, ys, loss_function):
+    weighted_backward(replicas, xs, ys, loss_function)
+    fill_with_zeros(replicas)
+    reduce_each_layer(replicas)
 
 
-@MEAN.wrong("the tensors are what they were", "in place")
-def returning_the_means(tensors):
-    mean = sum(tensor.to(tensors[0].device) for tensor in tensors) / len(tensors)
-    return [mean.to(tensor.device) for tensor in tensors]
+@BUGS.wrong("with three shards of two images", "is wrong: it is 3.00 times")
+def no_weights_at_all(replicas, xs, ys, loss_function):
+    for replica, x, y in zip(replicas, xs, ys, strict=True):
+        if len(x) > 0:
+            loss_function(replica(x), y).backward()
+    all_reduce_gradients(replicas)
 
 
-@MEAN.wrong("the tensors are what they were")
-def doing_nothing(tensors):
-    return None
+@BUGS.right  # the mean of nothing is NaN, and its gradient zero
+def empty_shards_not_skipped(replicas, xs, ys, loss_function):
+    total = sum(len(x) for x in xs)
+    for replica, x, y in zip(replicas, xs, ys, strict=True):
+        (loss_function(replica(x), y) * (len(x) / total)).backward()
+    all_reduce_gradients(replicas)
 
 
-@MEAN.wrong("2 (N - 1)", "add up on one GPU")
-def every_gpu_pulling_from_every_other(tensors):
-    means = []
-    for home in tensors:
-        means.append(sum(tensor.to(home.device) for tensor in tensors) / len(tensors))
-    for tensor, mean in zip(tensors, means, strict=True):
-        tensor.copy_(mean)
+@BUGS.wrong("is frozen and has a gradient")
+def zeros_for_what_is_frozen(replicas, xs, ys, loss_function):
+    weighted_backward(replicas, xs, ys, loss_function)
+    for replica in replicas:
+        for parameter in replica.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+    all_reduce_gradients(replicas)
 
 
-@MEAN.wrong("not to the last bit", "order", "Compute it once, and copy it")
-def each_gpu_adding_in_its_own_order(tensors):
-    means = []
-    for i, home in enumerate(tensors):
-        in_my_order = tensors[i:] + tensors[:i]
-        means.append(sum(tensor.to(home.device) for tensor in in_my_order) / len(tensors))
-    for tensor, mean in zip(tensors, means, strict=True):
-        tensor.copy_(mean)
+@BUGS.wrong("the parameters of replica 0 changed")
+def a_step_of_the_optimizer_besides(replicas, xs, ys, loss_function):
+    with_the_lessons_own_exchange(replicas, xs, ys, loss_function)
+    for replica in replicas:
+        torch.optim.SGD(replica.parameters(), lr=0.1).step()
 
 
-@MEAN.wrong("vgpu:1", "not the mean")
-def pulling_from_tensors_that_have_changed(tensors):
-    for home in tensors:
-        home.copy_(sum(tensor.to(home.device) for tensor in tensors) / len(tensors))
+@BUGS.wrong("over the host")
+def the_exchange_over_the_host(replicas, xs, ys, loss_function):
+    weighted_backward(replicas, xs, ys, loss_function)
+    fill_with_zeros(replicas)
+    for copies in zip(*(replica.parameters() for replica in replicas), strict=True):
+        if copies[0].grad is not None:
+            total = sum(p.grad.cpu() for p in copies)
+            for p in copies:
+                p.grad = total.to(p.device)
 
 
-@MEAN.wrong("over the host", "from GPU to GPU")
-def going_over_the_host(tensors):
-    mean = torch.stack([tensor.cpu() for tensor in tensors]).mean(dim=0)
-    for tensor in tensors:
-        tensor.copy_(mean)
-
-
-@MEAN.wrong("vgpu:0", "not the mean")
-def the_mean_of_each_tensor(tensors):
-    for tensor in tensors:
-        tensor.fill_(tensor.mean())
-
-
-@MEAN.wrong("stopped with RuntimeError", "same device")
-def adding_across_devices(tensors):
-    for tensor in tensors[1:]:
-        tensors[0] += tensor
-
-
-@MEAN.wrong("stopped with AttributeError")
-def a_method_that_is_not_there(tensors):
-    tensors.mean()
+@BUGS.wrong("on replica 1 is wrong")
+def only_the_first_gets_the_sum(replicas, xs, ys, loss_function):
+    weighted_backward(replicas, xs, ys, loss_function)
+    for first, *others in zip(*(replica.parameters() for replica in replicas), strict=True):
+        for other in others:
+            first.grad += other.grad.to(first.device)
 
 
 # ------------------------------------------------------------------------- 2. the last batch
@@ -321,23 +307,92 @@ def one_result_a_gpu(gradients, sizes):
 # ----------------------------------------------------------------- 3. accumulate, then exchange
 
 
+def counted(y):
+    return (y != -100).sum().item()
+
+
+def label_count(pieces):
+    return sum(counted(y) for _, ys in pieces for y in ys)
+
+
 def image_count(pieces):
     return sum(len(x) for xs, _ in pieces for x in xs)
 
 
 def shards(replicas, pieces):
-    """Each replica with each of its shards."""
+    """Each replica with each of its shards in which something counts."""
     for xs, ys in pieces:
-        yield from zip(replicas, xs, ys, strict=True)
+        for replica, x, y in zip(replicas, xs, ys, strict=True):
+            if counted(y):
+                yield replica, x, y
+
+
+@ONCE.wrong("a number that is NaN", "the gradients of replica 0")
+def divided_by_what_the_last_shard_counts(replicas, pieces, loss_function):
+    for xs, ys in pieces:
+        for replica, x, y in zip(replicas, xs, ys, strict=True):
+            F.cross_entropy(replica(x), y, reduction="sum").backward()
+            for parameter in replica.parameters():
+                parameter.grad /= counted(y)
+    all_reduce_gradients(replicas)
+
+
+@ONCE.wrong("the mean over all labelled images", "no other image at all")
+def weighted_by_images(replicas, pieces, loss_function):
+    for replica, x, y in shards(replicas, pieces):
+        (loss_function(replica(x), y) * (len(x) / image_count(pieces))).backward()
+    all_reduce_gradients(replicas)
+
+
+@ONCE.right  # which is NaN, and its gradient zero
+def the_mean_of_nothing(replicas, pieces, loss_function):
+    for xs, ys in pieces:
+        for replica, x, y in zip(replicas, xs, ys, strict=True):
+            (loss_function(replica(x), y) * (counted(y) / label_count(pieces))).backward()
+    all_reduce_gradients(replicas)
+
+
+@ONCE.right
+def a_sum_in_place_of_a_mean(replicas, pieces, loss_function):
+    total = label_count(pieces)
+    for xs, ys in pieces:
+        for replica, x, y in zip(replicas, xs, ys, strict=True):
+            (F.cross_entropy(replica(x), y, reduction="sum") / total).backward()
+    all_reduce_gradients(replicas)
+
+
+@ONCE.wrong("not that of the mean over all labelled images")
+def the_last_piece_with_labels_left_out(replicas, pieces, loss_function):
+    dividing_by(label_count(pieces), replicas, pieces[:1], loss_function)
+
+
+@ONCE.wrong("not that of the mean over all labelled images")
+def one_of_three_replicas_left_out_of_the_sum(replicas, pieces, loss_function):
+    for replica, x, y in shards(replicas, pieces):
+        (loss_function(replica(x), y) * (counted(y) / label_count(pieces))).backward()
+    all_reduce_gradients(replicas[:2])
+
+
+def dividing_by(total, replicas, pieces, loss_function):
+    for replica, x, y in shards(replicas, pieces):
+        (loss_function(replica(x), y) * (counted(y) / total)).backward()
+    all_reduce_gradients(replicas)
+
+
+@ONCE.wrong("the parameters of replica 0 changed")
+def a_step_inside(replicas, pieces, loss_function):
+    dividing_by(label_count(pieces), replicas, pieces, loss_function)
+    for replica in replicas:
+        torch.optim.SGD(replica.parameters(), lr=0.1).step()
 
 
 @ONCE.right
 def replica_by_replica(replicas, pieces, loss_function):
-    total = image_count(pieces)
+    total = label_count(pieces)
     for i, replica in enumerate(replicas):
         loss = 0
         for xs, ys in pieces:
-            loss = loss + loss_function(replica(xs[i]), ys[i]) * len(xs[i]) / total
+            loss = loss + F.cross_entropy(replica(xs[i]), ys[i], reduction="sum") / total
         loss.backward()
     all_reduce_gradients(replicas)
 
@@ -345,11 +400,11 @@ def replica_by_replica(replicas, pieces, loss_function):
 @ONCE.right
 def dividing_the_gradients_at_the_end(replicas, pieces, loss_function):
     for replica, x, y in shards(replicas, pieces):
-        (loss_function(replica(x), y) * len(x)).backward()
+        (loss_function(replica(x), y) * counted(y)).backward()
     all_reduce_gradients(replicas)
     for replica in replicas:
         for parameter in replica.parameters():
-            parameter.grad /= image_count(pieces)
+            parameter.grad /= label_count(pieces)
 
 
 @ONCE.right
@@ -357,13 +412,13 @@ def joining_a_replicas_shards(replicas, pieces, loss_function):
     for i, replica in enumerate(replicas):
         x = torch.cat([xs[i] for xs, _ in pieces])
         y = torch.cat([ys[i] for _, ys in pieces])
-        (loss_function(replica(x), y) * (len(x) / image_count(pieces))).backward()
+        (loss_function(replica(x), y) * (counted(y) / label_count(pieces))).backward()
     all_reduce_gradients(replicas)
 
 
 @ONCE.right
 def the_functions_of_the_module(replicas, pieces, loss_function):
-    total = image_count(pieces)
+    total = label_count(pieces)
     for xs, ys in pieces:
         data_parallel.backward_on_shards(replicas, xs, ys, loss_function, total)
     all_reduce_gradients(replicas)
@@ -373,7 +428,7 @@ def the_functions_of_the_module(replicas, pieces, loss_function):
 def reading_the_losses_and_one_flat_exchange(replicas, pieces, loss_function):
     losses = []
     for replica, x, y in shards(replicas, pieces):
-        loss = loss_function(replica(x), y) * (len(x) / image_count(pieces))
+        loss = loss_function(replica(x), y) * (counted(y) / label_count(pieces))
         loss.backward()
         losses.append(loss.item())
     flat = [torch.cat([p.grad.flatten() for p in replica.parameters()]) for replica in replicas]
@@ -388,72 +443,72 @@ def reading_the_losses_and_one_flat_exchange(replicas, pieces, loss_function):
 @ONCE.wrong("exchanged more than once", "added up before")
 def the_exchange_inside_the_loop(replicas, pieces, loss_function):
     for xs, ys in pieces:
-        for replica, x, y in zip(replicas, xs, ys, strict=True):
-            (loss_function(replica(x), y) * (len(x) / image_count(pieces))).backward()
+        for replica, x, y in shards(replicas, [(xs, ys)]):
+            (loss_function(replica(x), y) * (counted(y) / label_count(pieces))).backward()
         all_reduce_gradients(replicas)
 
 
 @ONCE.wrong("nothing was exchanged", "its own shards")
 def no_exchange(replicas, pieces, loss_function):
     for replica, x, y in shards(replicas, pieces):
-        (loss_function(replica(x), y) * (len(x) / image_count(pieces))).backward()
+        (loss_function(replica(x), y) * (counted(y) / label_count(pieces))).backward()
 
 
-@ONCE.wrong("about 9 times too large", "weight each shard's loss")
+@ONCE.wrong("not that of the mean over all labelled images")
 def no_weights(replicas, pieces, loss_function):
     for replica, x, y in shards(replicas, pieces):
         loss_function(replica(x), y).backward()
     all_reduce_gradients(replicas)
 
 
-@ONCE.wrong("about 3 times too large", "share of all the images")
+@ONCE.wrong("not that of the mean over all labelled images")
 def weights_within_each_piece(replicas, pieces, loss_function):
     for xs, ys in pieces:
-        size = sum(len(x) for x in xs)
-        for replica, x, y in zip(replicas, xs, ys, strict=True):
-            (loss_function(replica(x), y) * (len(x) / size)).backward()
+        size = label_count([(xs, ys)])
+        for replica, x, y in shards(replicas, [(xs, ys)]):
+            (loss_function(replica(x), y) * (counted(y) / size)).backward()
     all_reduce_gradients(replicas)
 
 
-@ONCE.wrong("a piece of 20 images", "as much as one of 25")
+@ONCE.wrong("not that of the mean over all labelled images")
 def every_piece_counting_the_same(replicas, pieces, loss_function):
     for xs, ys in pieces:
-        size = sum(len(x) for x in xs)
-        for replica, x, y in zip(replicas, xs, ys, strict=True):
-            (loss_function(replica(x), y) * (len(x) / size / len(pieces))).backward()
+        size = label_count([(xs, ys)])
+        for replica, x, y in shards(replicas, [(xs, ys)]):
+            (loss_function(replica(x), y) * (counted(y) / size / len(pieces))).backward()
     all_reduce_gradients(replicas)
 
 
-@ONCE.wrong("close", "every shard needs its own weight")
+@ONCE.wrong("does each count once")
 def every_shard_counting_the_same(replicas, pieces, loss_function):
     for replica, x, y in shards(replicas, pieces):
         (loss_function(replica(x), y) / (len(pieces) * len(replicas))).backward()
     all_reduce_gradients(replicas)
 
 
-@ONCE.wrong("0.33 times", "weights, which already add up to one")
+@ONCE.wrong("0.33 times what it should be", "is something divided")
 def dividing_by_the_gpus_after_the_weights(replicas, pieces, loss_function):
     for replica, x, y in shards(replicas, pieces):
-        (loss_function(replica(x), y) * (len(x) / image_count(pieces))).backward()
+        (loss_function(replica(x), y) * (counted(y) / label_count(pieces))).backward()
     all_reduce_gradients(replicas)
     for replica in replicas:
         for parameter in replica.parameters():
             parameter.grad /= len(replicas)
 
 
-@ONCE.wrong("set to zero between the pieces")
+@ONCE.wrong("not that of the mean", "in every piece")
 def zero_grad_between_the_pieces(replicas, pieces, loss_function):
     for xs, ys in pieces:
-        for replica, x, y in zip(replicas, xs, ys, strict=True):
+        for replica, x, y in shards(replicas, [(xs, ys)]):
             replica.zero_grad()
-            (loss_function(replica(x), y) * (len(x) / image_count(pieces))).backward()
+            (loss_function(replica(x), y) * (counted(y) / label_count(pieces))).backward()
     all_reduce_gradients(replicas)
 
 
 @ONCE.wrong("exchanged more than once")
 def exchanging_again_at_the_end(replicas, pieces, loss_function):
     for replica, x, y in shards(replicas, pieces):
-        (loss_function(replica(x), y) * (len(x) / image_count(pieces))).backward()
+        (loss_function(replica(x), y) * (counted(y) / label_count(pieces))).backward()
     all_reduce_gradients(replicas)
     all_reduce_gradients(replicas)
 
@@ -461,7 +516,7 @@ def exchanging_again_at_the_end(replicas, pieces, loss_function):
 @ONCE.wrong("more bytes", "than one exchange takes", "add up on one GPU")
 def every_gpu_pulling_from_every_other_once(replicas, pieces, loss_function):
     for replica, x, y in shards(replicas, pieces):
-        (loss_function(replica(x), y) * (len(x) / image_count(pieces))).backward()
+        (loss_function(replica(x), y) * (counted(y) / label_count(pieces))).backward()
     for parameters in zip(*(replica.parameters() for replica in replicas), strict=True):
         gradients = [parameter.grad for parameter in parameters]
         for parameter in parameters:
@@ -471,7 +526,7 @@ def every_gpu_pulling_from_every_other_once(replicas, pieces, loss_function):
 @ONCE.wrong("over the host", "from GPU to GPU")
 def exchanging_over_the_host(replicas, pieces, loss_function):
     for replica, x, y in shards(replicas, pieces):
-        (loss_function(replica(x), y) * (len(x) / image_count(pieces))).backward()
+        (loss_function(replica(x), y) * (counted(y) / label_count(pieces))).backward()
     for parameters in zip(*(replica.parameters() for replica in replicas), strict=True):
         total = sum(parameter.grad.cpu() for parameter in parameters)
         for parameter in parameters:
@@ -483,7 +538,7 @@ def all_the_work_on_the_first_replica(replicas, pieces, loss_function):
     first = replicas[0]
     home = next(first.parameters()).device
     for _, x, y in shards(replicas, pieces):
-        loss = loss_function(first(x.to(home)), y.to(home)) * (len(x) / image_count(pieces))
+        loss = loss_function(first(x.to(home)), y.to(home)) * (counted(y) / label_count(pieces))
         loss.backward()
     for replica in replicas[1:]:
         for parameter, done in zip(replica.parameters(), first.parameters(), strict=True):
@@ -493,7 +548,7 @@ def all_the_work_on_the_first_replica(replicas, pieces, loss_function):
 @ONCE.wrong("differ in the last bit", "copy one result")
 def chunks_added_up_in_two_orders(replicas, pieces, loss_function):
     for replica, x, y in shards(replicas, pieces):
-        (loss_function(replica(x), y) * (len(x) / image_count(pieces))).backward()
+        (loss_function(replica(x), y) * (counted(y) / label_count(pieces))).backward()
     for a, b, c in zip(*(replica.parameters() for replica in replicas), strict=True):
         there = b.grad + c.grad.to(b.device)  # 1 tensor moved
         first = a.grad + there.to(a.device)  # 2
@@ -502,12 +557,12 @@ def chunks_added_up_in_two_orders(replicas, pieces, loss_function):
         c.grad = first.to(c.device)  # 4
 
 
-@ONCE.wrong("no gradients", ".backward()")
+@ONCE.wrong("replica 0 has no gradients")
 def returning_the_losses(replicas, pieces, loss_function):
     return [loss_function(replica(x), y) for replica, x, y in shards(replicas, pieces)]
 
 
-@ONCE.wrong("no gradients")
+@ONCE.wrong("replica 1 has no gradients")
 def training_only_the_first_replica(replicas, pieces, loss_function):
     (x, *_), (y, *_) = pieces[0]
     loss_function(replicas[0](x), y).backward()

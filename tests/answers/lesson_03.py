@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 
 import torch
 
@@ -12,17 +13,13 @@ from course_lib.parallel import collectives
 from course_lib.parallel.data_parallel import all_reduce_gradients
 from exercise_answers import Answers
 
-GATHER = Answers("03", "gather", lesson_03.check_gather)
-READY = Answers("03", "ready", lesson_03.check_ready)
+BROADCAST = Answers("03", "broadcast", lesson_03.check_broadcast)
+LAUNCH = Answers("03", "launch", lesson_03.check_launch)
 ACCUMULATE = Answers("03", "accumulate", lesson_03.check_accumulate)
-EXERCISES = [GATHER, READY, ACCUMULATE]
+EXERCISES = [BROADCAST, LAUNCH, ACCUMULATE]
 
 
-# ------------------------------------------------------------------------- 1. a ring all-gather
-
-
-def split(tensors):
-    return [tensor.tensor_split(len(tensors)) for tensor in tensors]
+# ------------------------------------------------------------------- 1. a pipelined broadcast
 
 
 @contextmanager
@@ -44,394 +41,239 @@ def side_streams(tensors, starting=True, finishing=True):
             main.wait_stream(send), main.wait_stream(receive)
 
 
-def ring(tensors, rounds=None, shift=0, waiting=True, **waits):
+def line(tensors, parts=64, waiting=True, **waits):
     """The solution, with room for mistakes."""
-    N, chunks = len(tensors), split(tensors)
+    chunks = [tensor.tensor_split(parts) for tensor in tensors]
     with side_streams(tensors, **waits) as (sends, receives):
-        for step in range(N - 1 if rounds is None else rounds):
-            for rank in range(N):
-                following, number = (rank + 1) % N, (rank - step + shift) % N
-                with sends[rank], receives[following]:
-                    chunks[following][number].copy_(chunks[rank][number])
-            for send, receive in zip(sends, receives, strict=True):
+        for number in range(parts):
+            for rank in range(len(tensors) - 1):
+                with sends[rank], receives[rank + 1]:
+                    chunks[rank + 1][number].copy_(chunks[rank][number])
                 if waiting:
-                    send.wait_stream(receive)
+                    sends[rank + 1].wait_event(receives[rank + 1].record_event())
 
 
-@GATHER.right
-def the_other_way_round(tensors):
-    N, chunks = len(tensors), split(tensors)
+@BROADCAST.right
+def in_128_chunks(tensors):
+    line(tensors, parts=128)
+
+
+@BROADCAST.right
+def link_by_link_with_an_event_for_each_chunk(tensors):
+    chunks = [tensor.tensor_split(50) for tensor in tensors]
+    arrived = {}
     with side_streams(tensors) as (sends, receives):
-        for step in range(N - 1):
-            for rank in range(N):
-                with sends[rank], receives[rank - 1]:
-                    number = (rank + step) % N
-                    chunks[rank - 1][number].copy_(chunks[rank][number])
-            for send, receive in zip(sends, receives, strict=True):
-                send.wait_stream(receive)
-
-
-@GATHER.right
-def every_owner_sending_to_the_one_so_many_places_on(tensors):
-    N, chunks = len(tensors), split(tensors)
-    with side_streams(tensors) as (sends, receives):
-        for distance in range(1, N):
-            for rank in range(N):
-                other = (rank + distance) % N
-                with sends[rank], receives[other]:
-                    chunks[other][rank].copy_(chunks[rank][rank])
-
-
-@GATHER.right
-def events_for_each_chunk(tensors):
-    N, chunks = len(tensors), split(tensors)
-    with side_streams(tensors) as (sends, receives):
-        arrived = {}
-        for step in range(N - 1):
-            for rank in range(N):
-                following, number = (rank + 1) % N, (rank - step) % N
-                if step:
+        for rank in range(len(tensors) - 1):
+            for number in range(50):
+                if rank:
                     sends[rank].wait_event(arrived[rank, number])
-                with sends[rank], receives[following]:
-                    chunks[following][number].copy_(chunks[rank][number])
-                arrived[following, number] = receives[following].record_event()
+                with sends[rank], receives[rank + 1]:
+                    chunks[rank + 1][number].copy_(chunks[rank][number])
+                arrived[rank + 1, number] = receives[rank + 1].record_event()
 
 
-@GATHER.right
-def slices_in_place_of_chunks(tensors):
-    N = len(tensors)
-    sizes = [len(chunk) for chunk in tensors[0].tensor_split(N)]
-    places = [slice(sum(sizes[:n]), sum(sizes[: n + 1])) for n in range(N)]
+@BROADCAST.right
+def in_rounds_that_wait_for_the_stream(tensors):
+    N, parts = len(tensors), 100
+    chunks = [tensor.tensor_split(parts) for tensor in tensors]
     with side_streams(tensors) as (sends, receives):
-        for step in range(N - 1):
-            for rank in range(N):
-                following, place = (rank + 1) % N, places[rank - step]
-                with sends[rank], receives[following]:
-                    tensors[following][place] = tensors[rank][place]
-            [send.wait_stream(receive) for send, receive in zip(sends, receives, strict=True)]
-
-
-@GATHER.right
-def half_a_chunk_at_a_time(tensors):
-    N = len(tensors)
-    halves = [[chunk.tensor_split(2) for chunk in chunks] for chunks in split(tensors)]
-    with side_streams(tensors) as (sends, receives):
-        for step in range(N - 1):
-            for rank in range(N):
-                following, number = (rank + 1) % N, (rank - step) % N
-                for half in (0, 1):
-                    with sends[rank], receives[following]:
-                        halves[following][number][half].copy_(halves[rank][number][half])
+        for step in range(parts + N - 2):
+            for rank in range(N - 1):
+                if 0 <= step - rank < parts:
+                    with sends[rank], receives[rank + 1]:
+                        chunks[rank + 1][step - rank].copy_(chunks[rank][step - rank])
             for send, receive in zip(sends, receives, strict=True):
                 send.wait_stream(receive)
 
 
-@GATHER.wrong("more than (N - 1)/N of a tensor", "not the whole tensor")
-def forwarding_whole_tensors(tensors):
-    N, chunks = len(tensors), split(tensors)
-    for step in range(N - 1):
-        for rank in range(N):
-            following, number = (rank + 1) % N, (rank - step) % N
-            arrived = tensors[rank].to(tensors[following].device)
-            chunks[following][number].copy_(arrived.tensor_split(N)[number])
+@BROADCAST.wrong("more than one tensor", "pass on what it received")
+def straight_to_each(tensors):
+    for tensor in tensors[1:]:
+        tensor.copy_(tensors[0])
 
 
-@GATHER.wrong("chunk 1 on GPU 0 is what it was")
-def one_round_too_few(tensors):
-    ring(tensors, rounds=max(0, len(tensors) - 2))
+@BROADCAST.wrong("more than one tensor")
+def what_the_module_does(tensors):
+    collectives.broadcast(tensors)
 
 
-@GATHER.wrong("more than (N - 1)/N", "in N - 1 rounds")
-def one_round_too_many(tensors):
-    ring(tensors, rounds=len(tensors))
+@BROADCAST.wrong("more than one tensor", "on 4 GPUs")
+def a_tree(tensors):
+    distance = 1
+    while distance < len(tensors):
+        for rank in range(min(distance, len(tensors) - distance)):
+            tensors[rank + distance].copy_(tensors[rank])
+        distance *= 2
 
 
-@GATHER.wrong("on 4 GPUs, with tensors of 12 numbers, chunk", "not that of its owner")
-def the_owner_one_place_on(tensors):
-    ring(tensors, shift=1)
+@BROADCAST.wrong("on 4 GPUs it takes", "one chunk while it receives the next")
+def whole_tensors_down_the_line(tensors):
+    for sender, receiver in pairwise(tensors):
+        receiver.copy_(sender)
 
 
-@GATHER.wrong("not that of its owner")
-def the_owner_one_place_back(tensors):
-    ring(tensors, shift=-1)
+@BROADCAST.wrong("on 4 GPUs it takes", "from a side stream to a side stream")
+def chunks_on_the_main_streams(tensors):
+    chunks = [tensor.tensor_split(64) for tensor in tensors]
+    for number in range(64):
+        for rank in range(len(tensors) - 1):
+            chunks[rank + 1][number].copy_(chunks[rank][number])
 
 
-@GATHER.wrong("takes too long", "from a side stream to a side stream")
-def straight_to_all_others_on_the_main_streams(tensors):
-    chunks = split(tensors)
-    for owner in range(len(tensors)):
-        for other in range(len(tensors)):
-            if other != owner:
-                chunks[other][owner].copy_(chunks[owner][owner])
+@BROADCAST.wrong("it takes", "are the chunks small enough")
+def chunks_too_large(tensors):
+    line(tensors, parts=4)
 
 
-@GATHER.wrong("takes too long", "all GPUs must send at once")
-def straight_to_all_others_with_all_waiting_for_the_first(tensors):
-    chunks = split(tensors)
-    with side_streams(tensors) as (sends, receives):
-        for owner in range(len(tensors)):
-            for other in range(len(tensors)):
-                if other != owner:
-                    with sends[owner], receives[other]:
-                        chunks[other][owner].copy_(chunks[owner][owner])
-
-
-@GATHER.wrong("takes too long", "from a side stream to a side stream")
-def no_side_streams(tensors):
-    N, chunks = len(tensors), split(tensors)
-    for step in range(N - 1):
-        for rank in range(N):
-            following, number = (rank + 1) % N, (rank - step) % N
-            chunks[following][number].copy_(chunks[rank][number])
-
-
-@GATHER.wrong("takes too long", "all GPUs must send at once")
-def waiting_in_the_middle_of_a_round(tensors):
-    N, chunks = len(tensors), split(tensors)
-    with side_streams(tensors) as (sends, receives):
-        for step in range(N - 1):
-            for rank in range(N):
-                following, number = (rank + 1) % N, (rank - step) % N
-                sends[rank].wait_stream(receives[rank])
-                with sends[rank], receives[following]:
-                    chunks[following][number].copy_(chunks[rank][number])
-
-
-@GATHER.wrong("takes too long", "from a side stream to a side stream")
+@BROADCAST.wrong("it takes")
 def one_side_stream_a_gpu(tensors):
-    N, chunks = len(tensors), split(tensors)
+    chunks = [tensor.tensor_split(64) for tensor in tensors]
     with side_streams(tensors) as (sides, _):
-        for step in range(N - 1):
-            for rank in range(N):
-                following, number = (rank + 1) % N, (rank - step) % N
-                with sides[rank], sides[following]:
-                    chunks[following][number].copy_(chunks[rank][number])
+        for number in range(64):
+            for rank in range(len(tensors) - 1):
+                with sides[rank], sides[rank + 1]:
+                    chunks[rank + 1][number].copy_(chunks[rank][number])
 
 
-@GATHER.wrong("takes too long", "copied once more", "straight into its place")
-def copying_what_arrives_once_more(tensors):
-    N, chunks = len(tensors), split(tensors)
-    with side_streams(tensors) as (sends, receives):
-        for step in range(N - 1):
-            for rank in range(N):
-                following, number = (rank + 1) % N, (rank - step) % N
-                with sends[rank], receives[following]:
-                    arrived = chunks[rank][number].to(tensors[following].device)
-                    chunks[following][number].copy_(arrived)
-            for send, receive in zip(sends, receives, strict=True):
-                send.wait_stream(receive)
+@BROADCAST.wrong("a wait is missing")
+def not_waiting_for_a_chunk_to_come(tensors):
+    line(tensors, waiting=False)
 
 
-@GATHER.wrong("a wait is missing", "ones on vgpu:0 default stream")
+@BROADCAST.wrong("a wait is missing", "ones on vgpu:0 default stream")
 def not_waiting_for_the_tensors(tensors):
-    ring(tensors, starting=False)
+    line(tensors, starting=False)
 
 
-@GATHER.wrong("a wait is missing", "stream 1 reads", "copy on vgpu")
-def not_waiting_between_the_rounds(tensors):
-    ring(tensors, waiting=False)
+@BROADCAST.wrong("a wait is missing", "default stream writes")
+def main_streams_that_do_not_wait(tensors):
+    line(tensors, finishing=False)
 
 
-@GATHER.wrong("a wait is missing", "default stream writes")
-def main_streams_that_do_not_wait_for_the_ring(tensors):
-    ring(tensors, finishing=False)
+@BROADCAST.wrong("the tensor on GPU 1 is what it was", "write into it")
+def returning_copies(tensors):
+    return [tensors[0].to(tensor.device) for tensor in tensors]
 
 
-@GATHER.wrong("over the host", "from GPU to GPU")
-def over_the_host(tensors):
-    for rank, chunks in enumerate(split(tensors)):
-        mine = chunks[rank].cpu()
-        for other in split(tensors):
-            other[rank].copy_(mine)
+@BROADCAST.wrong("the tensor on GPU 1 is not that of the first GPU")
+def the_last_chunk_forgotten(tensors):
+    for tensor in tensors[1:]:
+        for theirs, ours in list(zip(tensors[0].chunk(4), tensor.chunk(4), strict=True))[:-1]:
+            ours.copy_(theirs)
 
 
-@GATHER.wrong("chunk 1 on GPU 0 is what it was")
-def returning_new_tensors(tensors):
-    return [
-        torch.cat([chunks[rank].to(tensor.device) for rank, chunks in enumerate(split(tensors))])
-        for tensor in tensors
-    ]
-
-
-@GATHER.wrong("chunk 1 on GPU 0 is what it was")
-def returning_what_the_module_returns(tensors):
-    return collectives.all_gather([chunks[rank] for rank, chunks in enumerate(split(tensors))])
-
-
-@GATHER.wrong("not that of its owner")
+@BROADCAST.wrong("the first tensor changed")
 def an_all_reduce(tensors):
     collectives.ring_all_reduce(tensors)
 
 
-@GATHER.wrong("chunk 1 on GPU 0 is what it was")
-def broadcasting_the_first(tensors):
-    collectives.broadcast(tensors)
+@BROADCAST.wrong("went over the host")
+def over_the_host(tensors):
+    whole = tensors[0].cpu()
+    for tensor in tensors[1:]:
+        tensor.copy_(whole)
 
 
-@GATHER.wrong("on 3 GPUs, with tensors of 10 numbers, chunk 2 on GPU 0 is not that of its owner")
-def chunk_in_place_of_tensor_split(tensors):
-    with side_streams(tensors) as (sends, receives):
-        chunks = [tensor.chunk(len(tensors)) for tensor in tensors]
-        for distance in range(1, len(tensors)):
-            for rank in range(len(tensors)):
-                other = (rank + distance) % len(tensors)
-                with sends[rank], receives[other]:
-                    chunks[other][rank].copy_(chunks[rank][rank])
+# --------------------------------------------------------------------- 2. the order of the rings
 
 
-@GATHER.wrong("stopped with RuntimeError", "shape")
-def taking_it_that_n_divides(tensors):
-    N = len(tensors)
-    rows = [tensor.view(N, -1) for tensor in tensors]
-    for owner in range(N):
-        for other in range(N):
-            rows[other][owner] = rows[owner][owner].clone()
+@LAUNCH.right
+def a_list_of_flags(process, number):
+    flags = process.notes.setdefault("flags", [False] * process.count)
+    flags[number] = True
+    started = process.notes.get("started", 0)
+    while started < process.count and flags[started]:
+        process.start(started)
+        started += 1
+    process.notes["started"] = started
+    if started == process.count:
+        process.notes.clear()
 
 
-# ------------------------------------------------------------------------- 2. is the bucket ready?
+@LAUNCH.right
+def a_number_that_goes_on_over_the_steps(process, number):
+    waiting = process.notes.setdefault("waiting", set())
+    waiting.add(number)
+    process.notes.setdefault("next", 0)
+    while process.notes["next"] % process.count in waiting:
+        now = process.notes["next"] % process.count
+        waiting.remove(now)
+        process.start(now)
+        process.notes["next"] += 1
 
 
-@READY.right
-def a_counter(bucket, rank, name):
-    bucket.come = getattr(bucket, "come", 0) + 1
-    if bucket.come == bucket.count * len(bucket.names):
-        bucket.come = 0
-        bucket.reduce()
+@LAUNCH.right
+def a_note_for_each_bucket(process, number):
+    process.notes[number] = "full"
+    for each in range(process.count):
+        if process.notes.get(each) == "full":
+            process.start(each)
+            process.notes[each] = "started"
+        if process.notes.get(each) != "started":
+            return
+    process.notes.clear()
 
 
-@READY.right
-def a_counter_that_goes_on(bucket, rank, name):
-    bucket.come = getattr(bucket, "come", 0) + 1
-    if bucket.come % (bucket.count * len(bucket.names)) == 0:
-        bucket.reduce()
+@LAUNCH.wrong("in step 1 of a process with 2 buckets", "started [1], and should have started []")
+def each_as_it_comes(process, number):
+    process.start(number)
 
 
-@READY.right
-def a_new_set_after_the_reduction(bucket, rank, name):
-    bucket.arrived.add(f"{rank}/{name}")
-    if all(f"{r}/{n}" in bucket.arrived for r in range(bucket.count) for n in bucket.names):
-        bucket.reduce()
-        bucket.arrived = set()
+@LAUNCH.wrong("in step 1", "full so far [0]", "should have started [0]")
+def all_at_the_end(process, number):
+    full = process.notes.setdefault("full", set())
+    full.add(number)
+    if len(full) == process.count:
+        for each in range(process.count):
+            process.start(each)
+        full.clear()
 
 
-@READY.right
-def the_full_gpus_counted(bucket, rank, name):
-    bucket.arrived |= {(rank, name)}
-    full = [
-        {(gpu, wanted) for wanted in bucket.names} <= bucket.arrived for gpu in range(bucket.count)
-    ]
-    if sum(full) >= bucket.count:
-        bucket.arrived -= bucket.arrived
-        bucket.reduce()
+@LAUNCH.wrong("full so far [1, 0]", "it has started [0], and should have started [0, 1]")
+def one_for_each_call(process, number):
+    full = process.notes.setdefault("full", set())
+    full.add(number)
+    following = process.notes.setdefault("next", 0)
+    if following in full:
+        process.start(following)
+        process.notes["next"] = (following + 1) % process.count
+        full.discard(following)
 
 
-@READY.right
-def crossing_off_what_is_expected(bucket, rank, name):
-    if not bucket.arrived:
-        bucket.arrived |= {(r, n) for r in range(bucket.count) for n in bucket.names}
-    bucket.arrived.remove((rank, name))
-    if not bucket.arrived:
-        bucket.reduce()
+@LAUNCH.wrong("in step 2", "started []", "begin at bucket 0 again")
+def never_ready_for_the_second_step(process, number):
+    full = process.notes.setdefault("full", set())
+    full.add(number)
+    process.notes.setdefault("next", 0)
+    while process.notes["next"] in full:
+        process.start(process.notes["next"])
+        process.notes["next"] += 1
 
 
-@READY.wrong("step 1, with one GPU after the other", "reduced when 3 of its 9 gradients had come")
-def when_the_first_gpu_is_complete(bucket, rank, name):
-    bucket.arrived.add((rank, name))
-    if all((rank, wanted) in bucket.arrived for wanted in bucket.names):
-        bucket.reduce()
+@LAUNCH.wrong("in step 1", "has started [0, 0, 1]")
+def started_again_with_every_call(process, number):
+    full = process.notes.setdefault("full", set())
+    full.add(number)
+    for each in range(process.count):
+        if each not in full:
+            return
+        process.start(each)
+    full.clear()
 
 
-@READY.wrong("reduced when 3 of its 9 gradients had come", "the others are not in the sum")
-def names_without_ranks(bucket, rank, name):
-    bucket.arrived.add(name)
-    if len(bucket.arrived) == len(bucket.names):
-        bucket.arrived.clear()
-        bucket.reduce()
+@LAUNCH.wrong("should have started")
+def notes_shared_by_all_processes(process, number):
+    notes = type(process).__dict__.get("shared") or {"full": set(), "next": 0}
+    type(process).shared = notes
+    notes["full"].add(number)
+    while notes["next"] in notes["full"]:
+        process.start(notes["next"])
+        notes["next"] += 1
 
 
-@READY.wrong("all 9 gradients had come", "reduced 0 times, not once")
-def a_set_of_names_expected_to_hold_all(bucket, rank, name):
-    bucket.arrived.add(name)
-    if len(bucket.arrived) == bucket.count * len(bucket.names):
-        bucket.arrived.clear()
-        bucket.reduce()
-
-
-@READY.wrong("the last GPU first", "reduced when 1 of its 9")
-def when_the_last_listed_has_come_on_the_last_gpu(bucket, rank, name):
-    if name == bucket.names[-1] and rank == bucket.count - 1:
-        bucket.reduce()
-
-
-@READY.wrong("one GPU after the other", "reduced when 3 of its 9")
-def when_the_last_listed_has_come(bucket, rank, name):
-    if name == bucket.names[-1]:
-        bucket.reduce()
-
-
-@READY.wrong("one GPU after the other", "reduced when 7 of its 9")
-def when_one_has_come_from_every_gpu(bucket, rank, name):
-    bucket.arrived.add(rank)
-    if len(bucket.arrived) == bucket.count:
-        bucket.arrived.clear()
-        bucket.reduce()
-
-
-@READY.wrong("the last GPU first", "reduced when 3 of its 9")
-def when_the_last_gpu_is_complete(bucket, rank, name):
-    bucket.arrived.add((rank, name))
-    if all((bucket.count - 1, wanted) in bucket.arrived for wanted in bucket.names):
-        bucket.reduce()
-        bucket.arrived.clear()
-
-
-@READY.wrong("in step 2", "reduced when 1 of its 9", "still full from the step before")
-def not_ready_for_the_second_step(bucket, rank, name):
-    bucket.arrived.add((rank, name))
-    if len(bucket.arrived) == bucket.count * len(bucket.names):
-        bucket.reduce()
-
-
-@READY.wrong("in step 2", "all 9 gradients had come", "reduced 0 times, not once", "still full")
-def a_list_that_is_never_emptied(bucket, rank, name):
-    bucket.come = [*getattr(bucket, "come", []), name]
-    if len(bucket.come) == bucket.count * len(bucket.names):
-        bucket.reduce()
-
-
-@READY.wrong("reduced when 8 of its 9")
-def again_with_every_later_gradient(bucket, rank, name):
-    bucket.arrived.add((rank, name))
-    if len(bucket.arrived) >= bucket.count * len(bucket.names) - 1:
-        bucket.reduce()
-
-
-@READY.wrong("reduced 9 times, not once")
-def all_at_the_end_and_each_for_itself(bucket, rank, name):
-    bucket.arrived.add((rank, name))
-    if len(bucket.arrived) == bucket.count * len(bucket.names):
-        for _ in bucket.arrived:
-            bucket.reduce()
-        bucket.arrived.clear()
-
-
-@READY.wrong("reduced when 5 of its 9")
-def a_counter_shared_by_all_buckets(bucket, rank, name):
-    shared = type(bucket)
-    shared.come = getattr(shared, "come", 0) + 1
-    if shared.come == bucket.count * len(bucket.names):
-        shared.come = 0
-        bucket.reduce()
-
-
-@READY.wrong("reduced 0 times")
-def only_noting_it(bucket, rank, name):
-    bucket.arrived.add((rank, name))
-
-
-@READY.wrong("stopped with AttributeError")
-def a_set_taken_for_a_list(bucket, rank, name):
-    bucket.arrived.append((rank, name))
+@LAUNCH.wrong("stopped with AttributeError")
+def a_dictionary_taken_for_a_set(process, number):
+    process.notes.add(number)
 
 
 # -------------------------------------------------------------------- 3. accumulate with buckets
@@ -452,8 +294,8 @@ def divided_by(parts, replicas, buckets, microbatches, loss_function):
     buckets.finish()
 
 
-@ACCUMULATE.right
-def replica_by_replica(replicas, buckets, microbatches, loss_function):
+@ACCUMULATE.wrong("gradients are right", "several microbatches at once")
+def all_losses_first(replicas, buckets, microbatches, loss_function):
     parts = len(microbatches) * len(replicas)
     for rank, replica in enumerate(replicas):
         losses = [loss_function(replica(xs[rank]), ys[rank]) / parts for xs, ys in microbatches]
@@ -463,13 +305,47 @@ def replica_by_replica(replicas, buckets, microbatches, loss_function):
     buckets.finish()
 
 
-@ACCUMULATE.right
+@ACCUMULATE.wrong("gradients are right", "several microbatches at once")
 def one_backward_pass_for_all_microbatches(replicas, buckets, microbatches, loss_function):
     for rank, replica in enumerate(replicas):
         x = torch.cat([xs[rank] for xs, _ in microbatches])
         y = torch.cat([ys[rank] for _, ys in microbatches])
         (loss_function(replica(x), y) / len(replicas)).backward()
     buckets.finish()
+
+
+@ACCUMULATE.right
+def replica_by_replica(replicas, buckets, microbatches, loss_function):
+    parts = len(microbatches) * len(replicas)
+    *first, last = range(len(microbatches))
+    for rank, replica in enumerate(replicas):
+        for number in (*first, last):
+            xs, ys = microbatches[number]
+            with buckets.accumulate() if number != last else nullcontext():
+                (loss_function(replica(xs[rank]), ys[rank]) / parts).backward()
+    buckets.finish()
+
+
+@ACCUMULATE.wrong("more bytes crossed the links", "nothing else need cross a link")
+def all_losses_on_the_first_gpu(replicas, buckets, microbatches, loss_function):
+    parts = len(microbatches) * len(replicas)
+    home = microbatches[0][0][0].device
+    for number, (xs, ys) in enumerate(microbatches, start=1):
+        with buckets.accumulate() if number < len(microbatches) else nullcontext():
+            losses = [
+                loss_function(replica(x), y).to(home) / parts
+                for replica, x, y in zip(replicas, xs, ys, strict=True)
+            ]
+            sum(losses).backward()
+    buckets.finish()
+
+
+@ACCUMULATE.wrong("the parameters of replica 0 changed")
+def a_step_inside(replicas, buckets, microbatches, loss_function):
+    parts = len(microbatches) * len(replicas)
+    divided_by(parts, replicas, buckets, microbatches, loss_function)
+    for replica in replicas:
+        torch.optim.SGD(replica.parameters(), lr=0.1).step()
 
 
 @ACCUMULATE.right
@@ -525,7 +401,7 @@ def no_block(replicas, buckets, microbatches, loss_function):
     buckets.finish()
 
 
-@ACCUMULATE.wrong("more than once", "already the sum of all GPUs", "added up once more")
+@ACCUMULATE.wrong("more bytes crossed the links", "only the last microbatch")
 def an_exchange_after_every_microbatch(replicas, buckets, microbatches, loss_function):
     parts = len(microbatches) * len(replicas)
     for microbatch in microbatches:
@@ -599,7 +475,7 @@ class Unfinished:
         """Nothing."""
 
 
-@ACCUMULATE.wrong("more than once", "added up once more")
+@ACCUMULATE.wrong("more bytes crossed the links")
 def one_more_exchange_after_finish(replicas, buckets, microbatches, loss_function):
     parts = len(microbatches) * len(replicas)
     divided_by(parts, replicas, buckets, microbatches, loss_function)
@@ -613,7 +489,7 @@ def all_in_the_block_and_no_finish(replicas, buckets, microbatches, loss_functio
             backward(replicas, microbatch, loss_function, len(microbatches) * len(replicas))
 
 
-@ACCUMULATE.wrong("over the host", "the buckets move them")
+@ACCUMULATE.wrong("gradients went over the host")
 def an_exchange_over_the_host(replicas, buckets, microbatches, loss_function):
     with buckets.accumulate():
         for microbatch in microbatches:
