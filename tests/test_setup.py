@@ -62,7 +62,7 @@ def test_every_dependency_has_a_pin_that_satisfies_it(need: Requirement):
 
 def test_what_the_package_needs_at_run_time_suits_a_notebook_service():
     names = {need.name for need in REQUIRED}
-    assert names == {"torch", "numpy", "matplotlib", "ipywidgets", "tqdm"}
+    assert names == {"torch", "numpy", "matplotlib", "pillow", "ipywidgets", "tqdm"}
 
 
 def test_constraints_are_names_and_public_versions_only():
