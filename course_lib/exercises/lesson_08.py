@@ -1,15 +1,16 @@
-"""Checks of lesson 08: which stage fits, a step between two halves, gather and forget."""
+"""Checks of lesson 08: which stage fits, a step between two halves, gather, scatter in a hook."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from course_lib import format_bytes, hardware, timeline
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
+from course_lib.parallel.data_parallel import replicate
 
 
 @check
@@ -182,3 +183,68 @@ def _memory_mistake(wholes: float) -> str:
     if wholes < 1.9:
         return "shards that arrive must not lie beside the whole weight that they become."
     return "forget one before you gather the next."
+
+
+@check
+def check_hook(scatter_in_hooks: Callable[[list[nn.Module], list[dict]], None]) -> Verdict:
+    """Graded on the shards, on what is left in memory and at the peak, and on the bytes."""
+    width, depth, count = 128, 10, 4
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(depth)))
+    with hardware.fresh_devices(count) as gpus:
+        replicas, inputs = replicate(model, gpus), torch.randn(count, 2, width)
+        values = [x.to(gpu) for x, gpu in zip(inputs, gpus, strict=True)]
+        for layers in zip(*replicas, strict=True):  # so that backward comes layer by layer, too
+            values = [layer(x) for layer, x in zip(layers, values, strict=True)]
+        losses = [value.square().sum() for value in values]
+        shards: list[dict] = [{} for _ in gpus]
+        scatter_in_hooks(list(replicas), shards)
+        before = hardware.memory_in_use(gpus[0])
+        with timeline.trace() as t:
+            torch.autograd.backward(losses)
+        del losses, values
+        whole = width * width * 4
+        sent, least = max(t.bytes_sent(gpu) for gpu in gpus), depth * (count - 1) * whole // count
+        peak = max(t.peak_memory) - before
+        facts = [
+            ("most bytes sent by one GPU", format_bytes(sent), f"at most {format_bytes(least)}"),
+            ("more at the peak, in whole gradients", f"{peak / whole:.1f}", "at most 6"),
+        ]
+        _judge_shards(shards, model, inputs, gpus, facts)
+        if any(each.grad is not None for replica in replicas for each in replica.parameters()):
+            raise Wrong("the shards are right, and whole gradients are still in .grad.", facts)
+        if any("host" in route for route in t.bytes_moved):
+            raise Wrong("numbers went over the host: use reduce_scatter.", facts)
+        if sent > least:
+            raise Wrong("one GPU sends more than a reduce-scatter of each gradient does.", facts)
+        if peak > 6 * whole:
+            raise Wrong(
+                f"at the peak there are {peak / whole:.1f} whole gradients more than before: a "
+                "part of a tensor keeps all of it in memory, and a copy of the part does not.",
+                facts,
+            )
+        return right("scattered as they came, and nothing whole is left.", facts)
+
+
+def _judge_shards(
+    shards: list[dict], model: nn.Module, inputs: Tensor, gpus: list[torch.device], facts: list
+) -> None:
+    model.zero_grad()
+    model(inputs).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        total = parameter.grad.chunk(len(gpus))
+        for rank, (ours, wanted, gpu) in enumerate(zip(shards, total, gpus, strict=True)):
+            if name not in ours:
+                raise Wrong(f"shards[{rank}] has no {name!r} after backward.", facts)
+            shard = ours[name]
+            if not isinstance(shard, Tensor) or shard.device != gpu or shard.shape != wanted.shape:
+                raise Wrong(
+                    f"shards[{rank}][{name!r}] should be on {gpu}, of shape {tuple(wanted.shape)}.",
+                    facts,
+                )
+            if torch.allclose(shard.cpu() * len(gpus), wanted, rtol=1e-3, atol=1e-4):
+                raise Wrong("these are means over the GPUs: the sum is asked for.", facts)
+            if not torch.allclose(shard.cpu(), wanted, rtol=1e-3, atol=1e-4):
+                raise Wrong(
+                    f"shards[{rank}][{name!r}] is not chunk {rank} of the sum of all gradients.",
+                    facts,
+                )

@@ -15,19 +15,17 @@ def explore_sharding() -> Explorer:
 
     def draw(billions: float, memory: int) -> Figure:
         figure, ax = style.figure()
-        fits = []
         for stage, marker in zip(range(4), "os^D", strict=True):
             held = [billions * bytes_a_parameter(stage, count) for count in counts]
-            ax.loglog(counts, held, f"{marker}-", label=f"stage {stage}")
-            enough = [count for count, gigabytes in zip(counts, held, strict=True)
-                      if gigabytes <= memory]  # fmt: skip
-            fits.append(f"{stage}: {enough[0] if enough else 'never'}")
+            enough = [n for n, gigabytes in zip(counts, held, strict=True) if gigabytes <= memory]
+            fits = f"from {enough[0]} GPUs on" if enough else "never fits"
+            ax.loglog(counts, held, f"{marker}-", label=f"stage {stage}: {fits}")
         ax.axhline(memory, linestyle="--", color=style.GREY, label=f"{memory} GB")
         ax.set(xlabel="GPUs", ylabel="GB on each GPU")
         ax.set_xticks(counts, counts)
         ax.minorticks_off()
-        ax.set_title(f"{billions:g} billion parameters; GPUs needed in stage {', '.join(fits)}")
-        figure.legend(loc="outside lower right", ncols=5)
+        ax.set_title(f"{billions:g} billion parameters on GPUs of {memory} GB")
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         return figure
 
     return Explorer(

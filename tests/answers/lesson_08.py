@@ -12,7 +12,8 @@ from exercise_answers import Answers
 FIT = Answers("08", "fit", lesson_08.check_fit)
 STEP = Answers("08", "step", lesson_08.check_step)
 GATHER = Answers("08", "gather", lesson_08.check_gather)
-EXERCISES = [FIT, STEP, GATHER]
+HOOK = Answers("08", "hook", lesson_08.check_hook)
+EXERCISES = [FIT, STEP, GATHER, HOOK]
 
 
 # ------------------------------------------------------------------------------ 1. does it fit?
@@ -416,3 +417,105 @@ def no_outputs(layers, xs):
 def all_on_the_first_gpu(layers, xs):
     outs = a_function_that_forgets(layers, xs)
     return [out.to(outs[0].device) for out in outs]
+
+
+# ----------------------------------------------------------------------- 4. scatter in a hook
+
+
+def when_all_have_it(replicas, reduce):
+    """Call ``reduce(name, copies)`` when a parameter's gradient is there on all replicas."""
+
+    def add_hooks(name, copies):
+        came = []
+
+        def on_gradient(parameter):
+            came.append(parameter)
+            if len(came) == len(copies):
+                came.clear()
+                reduce(name, copies)
+
+        for parameter in copies:
+            parameter.register_post_accumulate_grad_hook(on_gradient)
+
+    for name, _ in replicas[0].named_parameters():
+        add_hooks(name, [replica.get_parameter(name) for replica in replicas])
+
+
+def keep_shards(shards, name, copies, parts):
+    for rank, (parameter, part) in enumerate(zip(copies, parts, strict=True)):
+        shards[rank][name] = part
+        parameter.grad = None
+
+
+@HOOK.right
+def a_function_for_each_parameter(replicas, shards):
+    def reduce(name, copies):
+        parts = reduce_scatter([parameter.grad for parameter in copies])
+        keep_shards(shards, name, copies, [part.clone() for part in parts])
+
+    when_all_have_it(replicas, reduce)
+
+
+@HOOK.right
+def chunks_sent_straight_to_their_owners(replicas, shards):
+    def reduce(name, copies):
+        chunks = [parameter.grad.chunk(len(copies)) for parameter in copies]
+        parts = []
+        for rank, parameter in enumerate(copies):
+            moved = [each[rank].to(parameter.device) for each in chunks]
+            parts.append(torch.stack(moved).sum(0))
+        keep_shards(shards, name, copies, parts)
+
+    when_all_have_it(replicas, reduce)
+
+
+@HOOK.wrong("a part of a tensor keeps all of it in memory")
+def views_kept(replicas, shards):
+    def reduce(name, copies):
+        parts = reduce_scatter([parameter.grad for parameter in copies])
+        keep_shards(shards, name, copies, parts)
+
+    when_all_have_it(replicas, reduce)
+
+
+@HOOK.wrong("whole gradients are still in .grad")
+def gradients_not_dropped(replicas, shards):
+    def reduce(name, copies):
+        parts = reduce_scatter([parameter.grad.clone() for parameter in copies])
+        for rank, part in enumerate(parts):
+            shards[rank][name] = part.clone()
+
+    when_all_have_it(replicas, reduce)
+
+
+@HOOK.wrong("is not chunk 0 of the sum of all gradients")
+def each_its_own_gradient(replicas, shards):
+    def reduce(name, copies):
+        parts = [p.grad.chunk(len(copies))[rank].clone() for rank, p in enumerate(copies)]
+        keep_shards(shards, name, copies, parts)
+
+    when_all_have_it(replicas, reduce)
+
+
+@HOOK.wrong("sends more than a reduce-scatter")
+def all_reduced_and_cut(replicas, shards):
+    def reduce(name, copies):
+        ring_all_reduce([parameter.grad for parameter in copies])
+        parts = [p.grad.chunk(len(copies))[rank].clone() for rank, p in enumerate(copies)]
+        keep_shards(shards, name, copies, parts)
+
+    when_all_have_it(replicas, reduce)
+
+
+@HOOK.wrong("means over the GPUs")
+def the_mean_of_all(replicas, shards):
+    def reduce(name, copies):
+        parts = reduce_scatter([parameter.grad for parameter in copies])
+        keep_shards(shards, name, copies, [part / len(copies) for part in parts])
+
+    when_all_have_it(replicas, reduce)
+
+
+@HOOK.wrong("shards[0] has no '0.weight' after backward")
+def no_hooks(replicas, shards):
+    pass
