@@ -250,6 +250,7 @@ def test_a_trace_of_real_gpus_inside_another_is_refused(additions_are_kernels):
 def test_trace_on_real_gpus_is_measured_from_its_start(additions_are_kernels, monkeypatch):
     monkeypatch.setattr(machine, "device_count", 0)
     monkeypatch.setattr(hardware, "real_devices", CUDA, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(CUDA))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 100 + device.index)
     with course_lib.trace() as recording:

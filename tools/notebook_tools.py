@@ -359,13 +359,13 @@ def execute(nb: NotebookNode, cwd: Path = NOTEBOOKS) -> NotebookNode:
         record_timing=False,
         resources={"metadata": {"path": str(cwd)}},
     )
-    with _same_handlers():
+    with same_handlers():
         client.execute()
     return nb
 
 
 @contextmanager
-def _same_handlers() -> Iterator[None]:
+def same_handlers() -> Iterator[None]:
     """Put back the signal handlers that nbclient replaces with Python's."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
