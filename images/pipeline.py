@@ -1,7 +1,7 @@
 """Lesson 05: pipeline parallelism. Four stages on four GPUs, and the batch in four microbatches.
 
-While a GPU works on one microbatch, the next GPU works on the one before. The two time grids have
-the same scale, and a microbatch takes a quarter of the batch's time, so the work is the same.
+While a GPU works on one microbatch, the next GPU works on the one before. What that saves is the
+lesson's question, so the time grid shows one batch at a time alone.
 """
 
 from drawing import (
@@ -22,31 +22,25 @@ BACKWARD_TIME = 2  # in forward times
 BATCH_WIDTH, GPU_WIDTH, GAP = 100, 116, 84
 TOP, GPU_HEIGHT = 48, 130
 TIME_LEFT, ROW, ROW_STEP = 96, 26, 31
-NAIVE_TOP, PIPELINE_TOP = 238, 406
+NAIVE_TOP = 238
 UNIT = (876 - TIME_LEFT) / (GPUS * (1 + BACKWARD_TIME))  # the batch's forward pass on one GPU
-PIPELINE_TIME = (MICROBATCHES + GPUS - 1) * (1 + BACKWARD_TIME) / MICROBATCHES
 
 
 def draw() -> str:
     picture = Picture(
-        574,
+        396,
         "Pipeline parallelism on four GPUs",
         "A model is cut into four stages, one on each of four GPUs, and a batch into four "
         "microbatches. At the moment shown GPU 3 works on microbatch 0, GPU 2 on microbatch 1, "
         "GPU 1 on microbatch 2 and GPU 0 on microbatch 3. Activations move to the right, "
-        "gradients to the left. Below are two time grids of one scale, with a row for each GPU. "
+        "gradients to the left. Below is a time grid with a row for each GPU. "
         "One batch at a time: a staircase of forward passes down from GPU 0 to GPU 3, then of "
-        "backward passes up again, each twice as long; everywhere else the GPUs are idle; it "
-        "takes 12 forward times. Four microbatches: each GPU does four short forward passes, one "
-        "after the other, then four short backward passes; idle time, the bubble, remains before, "
-        "between and after them; it takes 5.25 forward times for the same work.",
+        "backward passes up again, each twice as long; everywhere else the GPUs are idle.",
     )
     draw_batch(picture)
     for i in range(GPUS):
         draw_gpu(picture, i)
     draw_naive(picture)
-    draw_pipeline(picture)
-    draw_key(picture)
     draw_axis(picture)
     return picture.svg()
 
@@ -104,24 +98,6 @@ def draw_naive(picture: Picture) -> None:
         idle(picture, top, back + BACKWARD_TIME, total, "idle")
 
 
-def draw_pipeline(picture: Picture) -> None:
-    """All forwards, then all backwards: GPipe."""
-    words = "the same work, in less than half of the time"
-    picture.text(24, PIPELINE_TOP - 22, words, 15, "start", lead="Four microbatches:")
-    forward, backward = 1 / MICROBATCHES, BACKWARD_TIME / MICROBATCHES
-    for i in range(GPUS):
-        top = row(picture, PIPELINE_TOP, i)
-        first_forward = i * forward
-        first_backward = (GPUS - 1 + MICROBATCHES) * forward + (GPUS - 1 - i) * backward
-        end = first_backward + MICROBATCHES * backward
-        idle(picture, top, 0, first_forward, "bubble")
-        for j in range(MICROBATCHES):
-            work(picture, top, first_forward + j * forward, forward, f"{j}", FORWARD)
-            work(picture, top, first_backward + j * backward, backward, f"{j}", BACKWARD)
-        idle(picture, top, first_forward + MICROBATCHES * forward, first_backward, "bubble")
-        idle(picture, top, end, PIPELINE_TIME, "bubble")
-
-
 def row(picture: Picture, top: float, index: int) -> float:
     """Name a row of a time grid; return where it begins."""
     top += index * ROW_STEP
@@ -148,39 +124,10 @@ def idle(picture: Picture, top: float, start: float, end: float, words: str) -> 
         picture.text(left + width / 2, top + ROW / 2, words, colour=SOFT)
 
 
-def draw_key(picture: Picture) -> None:
-    """Where the second grid is over and the first is not."""
-    end = TIME_LEFT + PIPELINE_TIME * UNIT
-    y = PIPELINE_TOP + ROW / 2
-    picture.arrow((end + 2, y), (876, y), colour=SOFT, thickness=1.5, both=True)
-    picture.rect((end + 876) / 2 - 50, y - 10, 100, 20, "white")
-    picture.text((end + 876) / 2, y, "time saved", 15, bold=True)
-    left, width = end + 60, UNIT / MICROBATCHES
-    keys = [
-        ("0", FORWARD, "forward pass of microbatch 0"),
-        ("0", BACKWARD, "backward pass of microbatch 0, twice as long"),
-        ("", "", "bubble: the GPU waits for the others"),
-    ]
-    for i, (number, colour, words) in enumerate(keys):
-        y = PIPELINE_TOP + (i + 1) * ROW_STEP
-        if colour:
-            length = width if colour == FORWARD else BACKWARD_TIME * width
-            picture.box(left + 1, y, length - 2, ROW, number, colour, strength=0.35, radius=3)
-        else:
-            length = BACKWARD_TIME * width
-            picture.rect(left + 1, y, length - 2, ROW, "url(#hatch)", GREY, thickness=1, radius=3)
-        picture.text(left + 2 * width + 8, y + ROW / 2, words, 14, "start")
-
-
 def draw_axis(picture: Picture) -> None:
-    y = PIPELINE_TOP + GPUS * ROW_STEP + 4
+    y = NAIVE_TOP + GPUS * ROW_STEP + 4
     picture.arrow((TIME_LEFT, y), (876, y), colour=SOFT)
-    words = "time, in forward passes of the batch through one stage"
-    picture.text(TIME_LEFT, y + 19, words, anchor="start", colour=SOFT)
-    end = TIME_LEFT + PIPELINE_TIME * UNIT
-    picture.line((end, PIPELINE_TOP - 6), (end, y + 6), colour=SOFT, thickness=1.5, dashed=True)
-    picture.text(end, y + 19, f"{PIPELINE_TIME:g}", bold=True)
-    picture.text(876, y + 19, f"{GPUS * (1 + BACKWARD_TIME)}", anchor="end", bold=True)
+    picture.text(TIME_LEFT, y + 19, "time", anchor="start", colour=SOFT)
 
 
 if __name__ == "__main__":

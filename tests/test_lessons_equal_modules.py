@@ -23,6 +23,7 @@ from course_lib.parallel import (
     schedules,
     vocabulary,
 )
+from course_lib.parallel.attention_ring import ring_attention
 from course_lib.parallel.layer_parallel import LayerParallel, balanced_cuts
 from course_lib.parallel.pipeline import Pipeline
 from course_lib.parallel.proof import largest_difference
@@ -89,7 +90,7 @@ def lesson_04() -> SimpleNamespace:
 
 @pytest.fixture
 def lesson_05() -> SimpleNamespace:
-    cells = ("model", "gpipe", "one-f-one-b", "held", "walk", "stage", "send", "run")
+    cells = ("guess-idle", "model", "gpipe", "one-f-one-b", "held", "walk", "stage", "send", "run")
     return definitions("05_pipeline_parallelism.ipynb", *cells)
 
 
@@ -335,3 +336,40 @@ def test_lesson_06_and_tensor_parallel_have_the_same_cross_entropy(lesson_06, si
     torch.testing.assert_close(from_lesson, from_module, rtol=1e-12, atol=1e-12)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def lesson_07() -> SimpleNamespace:
+    return definitions("07_sequence_parallelism.ipynb", "borders", "attend", "merge", "ring")
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_lesson_07_and_attention_ring_attend_to_the_same_bits(lesson_07, count: int) -> None:
+    gpus = devices(count)
+    torch.manual_seed(0)
+    parts = [[torch.randn(2, 3, 8, 4).double().to(gpu) for gpu in gpus] for _ in range(3)]
+    ours = lesson_07.ring_attention(*parts)
+    theirs = ring_attention(*parts, causal=False, zigzag=False)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("lesson_name", "module_name"),
+    [("GatherSequence", "gather_sequence"), ("ScatterSequence", "scatter_sequence")],
+)
+def test_lesson_07_and_regions_cross_borders_to_the_same_bits(
+    lesson_07, lesson_name: str, module_name: str
+) -> None:
+    gpus = devices(4)
+    torch.manual_seed(0)
+    given = torch.randn(4, 4, 3).double()
+    ours, theirs = on_each(given, gpus), on_each(given, gpus)
+    from_lesson = getattr(lesson_07, lesson_name).apply(*ours)
+    from_module = getattr(regions, module_name)(theirs)
+    for outs in (from_lesson, from_module):
+        torch.autograd.backward(outs, [out.detach() for out in outs])
+    for one, other in zip([*from_lesson, *ours], [*from_module, *theirs], strict=True):
+        assert torch.equal(one.cpu(), other.cpu())
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.grad.cpu(), other.grad.cpu())

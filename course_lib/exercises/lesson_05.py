@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from course_lib import CLASSROOM, hardware, timeline
+from course_lib.exercises.diagnosis import require_finite
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
 from course_lib.parallel.pipeline import Pipeline
 from course_lib.parallel.schedule_chart import draw, step_times
@@ -34,8 +35,9 @@ def check_write(my_schedule: Callable[[], list[list[str]]]) -> Verdict:
         ("activations held", str(most), f"at most {MOST_HELD}"),
         ("time, in forwards", f"{taken:g}", f"at most {allowed:g}"),
     ]
-    if most > MOST_HELD:
-        raise Wrong(f"a GPU holds {most} activations at once: go backward earlier.", facts)
+    for gpu, count in enumerate(held(schedule)):
+        if count > MOST_HELD:
+            raise Wrong(f"GPU {gpu} holds {count} activations at once: go backward earlier.", facts)
     if taken > allowed:
         raise Wrong("it takes longer than GPipe: some GPU waits where it need not.", facts)
     seconds = _run(schedule).seconds
@@ -46,9 +48,10 @@ def check_write(my_schedule: Callable[[], list[list[str]]]) -> Verdict:
     )
 
 
-def _from_words(lists: list[list[str]]) -> Schedule:
-    """``[["F0", "B0"], ...]`` as a schedule."""
+def _from_words(lists: list[list[str]] | list[str]) -> Schedule:
+    """``[["F0", "B0"], ...]`` or ``["F0 B0", ...]`` as a schedule."""
     rows = lists if isinstance(lists, (list, tuple)) else []
+    rows = [row.split() if isinstance(row, str) else row for row in rows]
     if len(rows) != GPUS or not all(isinstance(row, (list, tuple)) for row in rows):
         raise Wrong(f"return {GPUS} lists of words, one for each GPU.")
     steps = []
@@ -105,67 +108,83 @@ def _run(schedule: Schedule) -> timeline.Trace:
 
 @check
 def check_share(microbatch_loss: Callable[[Tensor, Tensor, int, int, int], Tensor]) -> Verdict:
-    """Graded on the gradient of a whole batch, cut evenly and unevenly, on several pipelines."""
-    # At first no two of stages, microbatches and their examples are equal: mistakes look different.
-    for sizes, stages in (([5, 5, 5, 5], 3), ([6, 5, 5], 2), ([7, 1], 3), ([9], 1)):
+    """Graded on the gradient of a whole batch with padding, cut in several ways."""
+    # Of each microbatch its examples, and how many of them are padding. At first no two of stages,
+    # microbatches and their examples are equal, nor what counts: mistakes look different.
+    for sizes, padding, stages in (
+        ([5, 5, 5, 5], [0, 0, 0, 0], 3),
+        ([6, 5, 5], [4, 0, 1], 2),
+        ([4, 4], [4, 1], 3),
+        ([9], [2], 1),
+    ):
         scores, targets = torch.randn(sum(sizes), 10), torch.randint(0, 10, (sum(sizes),))
+        for part, hidden in zip(targets.split(sizes), padding, strict=True):
+            part[:hidden] = -100
+        counts = [int((part != -100).sum()) for part in targets.split(sizes)]
         whole = scores.clone().requires_grad_()
         F.cross_entropy(whole, targets).backward()
         gradients = []
         for part, labels in zip(scores.split(sizes), targets.split(sizes), strict=True):
             part = part.clone().requires_grad_()
-            loss = microbatch_loss(part, labels, sum(sizes), len(sizes), stages)
+            loss = microbatch_loss(part, labels.clone(), sum(counts), len(sizes), stages)
+            if loss is None:
+                raise Wrong("your function returned None: is a return statement missing?")
             if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
                 raise Wrong(
                     "return a loss: a tensor that is a single number, computed from the scores, so "
                     "that backward() can start from it."
                 )
+            if not torch.isfinite(loss):
+                count = int((labels != -100).sum())
+                why = "" if count else ": a mean over no targets at all is 0/0"
+                raise Wrong(
+                    f"a microbatch of which {count} targets count has loss {loss.item():g}{why}."
+                )
             loss.backward()
-            gradients.append(part.grad)
+            gradients.append(torch.zeros_like(part) if part.grad is None else part.grad)
         ours = torch.cat(gradients)
+        require_finite([ours], "the gradient of the scores")
+        where = f"for microbatches of {sizes} examples, of which {padding} are padding, "
         if not torch.allclose(ours, whole.grad, atol=1e-7):
-            raise Wrong(
-                f"for microbatches of {sizes} examples on {stages} stages it is not the batch's "
-                f"gradient. {_likely(ours, whole.grad, sizes, stages)}"
-            )
-    return right("even and uneven microbatches, however many stages.")
+            likely = _likely(ours, whole.grad, sizes, counts, stages)
+            raise Wrong(f"{where}on {stages} stages, it is not the batch's gradient. {likely}")
+    return right("even and uneven microbatches, with padding, and one that is all padding.")
 
 
-def _likely(ours: Tensor, expected: Tensor, sizes: list[int], stages: int) -> str:
+def _likely(
+    ours: Tensor, expected: Tensor, sizes: list[int], counts: list[int], stages: int
+) -> str:
     """Which mistake a gradient looks like."""
-    count, total = len(sizes), sum(sizes)
-    means = torch.cat(
-        [part * (total / size) for part, size in zip(expected.split(sizes), sizes, strict=True)]
+    total = sum(counts)
+    parts = list(zip(expected.split(sizes), sizes, counts, strict=True))
+    means = torch.cat([part * (total / max(count, 1)) for part, _, count in parts])
+    by_examples = torch.cat(
+        [part * (total / max(count, 1)) * (size / sum(sizes)) for part, size, count in parts]
     )
     own_part = (
         "The stages do not share the loss: each has the gradient of the whole loss with respect to "
         "its own part. Do not divide by them."
     )
-    causes = [
-        ("This is the sum of the microbatches' means: weight them.", means),
-        (
-            "This is the plain mean of the microbatches' means, which are of different sizes.",
-            means / count,
-        ),
-        (own_part, expected / stages),
-        (own_part, means / stages),
-        (own_part, means / (count * stages)),
-        (
-            "You divided by the number of microbatches, too: a microbatch's share of the batch is "
-            "all the weight that it needs.",
-            expected / count,
-        ),
-        (
-            "You divided a microbatch's mean by the examples of the batch: multiply it by its own "
-            "examples first.",
-            means / total,
-        ),
-        ("This is the sum over all examples; the mean is asked for.", expected * total),
-    ]
-    for words, gradient in causes:
-        if torch.allclose(ours, gradient, atol=1e-6):
-            return words
-    return "Compare it with a mean over all examples."
+    mistakes = {
+        "This is the sum of the microbatches' means: weight them.": [means],
+        "This is the plain mean of the microbatches' means, which are over different numbers of "
+        "targets.": [means / len(sizes)],
+        "The microbatches are weighted by their examples, and padding does not count.": [
+            by_examples
+        ],
+        own_part: [expected / stages, means / stages, means / (len(sizes) * stages)],
+        "You divided by the number of microbatches, too: its share of the targets is all the "
+        "weight that a microbatch needs.": [expected / len(sizes)],
+        "You divided a microbatch's mean by the targets of the batch: multiply it by its own "
+        "targets first.": [means / total],
+        "You divide by all examples: padding does not count.": [expected * total / sum(sizes)],
+        "This is the sum over all targets; the mean is asked for.": [expected * total],
+    }
+    for words, gradients in mistakes.items():
+        for gradient in gradients:
+            if torch.allclose(ours, gradient, atol=1e-6) and not torch.allclose(gradient, expected):
+                return words
+    return "Compare it with a mean over all targets that count."
 
 
 @check
@@ -198,17 +217,37 @@ def check_choose(choose_microbatches: Callable[..., int | None]) -> Verdict:
                 "return a whole number of microbatches, 1 or above, or None if nothing fits; for "
                 f"{given} yours is {ours!r}."
             )
-        explained = _explain(expected if ours is None else ours, B, p, an_example)
+        explained = _explain(ours, expected, B, p, an_example, room, smallest)
         raise Wrong(f"for {given}: {expected} is right, and yours is {ours}. {explained}")
     return right("as many microbatches as fit, and no smaller than allowed.")
 
 
-def _explain(m: int, B: int, p: int, bytes_an_example: int) -> str:
-    """What a number of microbatches means for the first GPU."""
+def _explain(
+    m: int | None,
+    expected: int | None,
+    B: int,
+    p: int,
+    bytes_an_example: int,
+    room: float,
+    smallest: int,
+) -> str:
+    """What is wrong with a number of microbatches, or with none."""
+
+    def needed(m: int) -> int:
+        return min(m, p) * (B // m) * bytes_an_example
+
+    if m is None:
+        return (
+            f"Of {expected} microbatches the first GPU holds {min(expected, p)} at most, "
+            f"{needed(expected):,} bytes: they fit."
+        )
     if B % m:
         return f"{m} does not divide the batch."
-    size, count = B // m, min(m, p)
-    return (
-        f"Of {m} microbatches, with {size} of the examples each, the first GPU holds {count} at "
-        f"most: {count * size * bytes_an_example:,} bytes."
-    )
+    if B // m < smallest:
+        return f"Of {m} microbatches, each has {B // m} of the examples: that is too few."
+    if needed(m) > room:
+        return (
+            f"Of {m} microbatches, with {B // m} of the examples each, the first GPU holds "
+            f"{min(m, p)} at most: {needed(m):,} bytes."
+        )
+    return "Yours fits, and with more microbatches the bubble is smaller."

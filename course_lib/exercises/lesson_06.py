@@ -1,4 +1,4 @@
-"""Checks of lesson 06: a row layer's bias, a cut by heads, the best token of a split vocabulary."""
+"""Checks of lesson 06: a third border, a cut by heads, the best token of a split vocabulary."""
 
 from __future__ import annotations
 
@@ -6,81 +6,85 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from course_lib import format_bytes, hardware, timeline
+from course_lib.exercises.diagnosis import Unchanged, require_not_over_host, require_tensors
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
-from course_lib.parallel.collectives import ring_all_reduce
 
 
 @check
-def check_row(row_linear: Callable[..., Sequence[Tensor]]) -> Verdict:
-    """Graded on the output of every GPU, for several counts of them, and the bytes that moved."""
+def check_gather(gather_neurons: Callable[[list[Tensor]], Sequence[Tensor]]) -> Verdict:
+    """Graded on outputs and gradients of every GPU, and on the bytes that moved."""
     for count in (2, 1, 4):
         with hardware.fresh_devices(count) as gpus:
-            x, weight, bias = torch.randn(6, 12), torch.randn(5, 12), torch.randn(5)
-            xs, weights = (
-                [part.to(gpu) for part, gpu in zip(whole.chunk(count, 1), gpus, strict=True)]
-                for whole in (x, weight)
+            whole = torch.randn(6, 5 * count)
+            leaves = [
+                part.to(gpu).requires_grad_()
+                for part, gpu in zip(whole.chunk(count, 1), gpus, strict=True)
+            ]
+            before = Unchanged(
+                {f"the part of {gpu}": x for gpu, x in zip(gpus, leaves, strict=True)}
             )
-            biases = [bias.to(gpu) for gpu in gpus]
-            terms = [F.linear(*each).cpu() for each in zip(xs, weights, strict=True)]
-            with timeline.trace() as t:
-                outs = row_linear(list(xs), list(weights), list(biases), ring_all_reduce)
-            expected = F.linear(x, weight, bias)
-            _require_parts(outs, [tuple(expected.shape)] * count)
-            for gpu, out, term in zip(gpus, outs, terms, strict=True):
+            where = f"with {count} GPU{'s' if count > 1 else ''}, "
+            with timeline.trace() as forward:
+                outs = gather_neurons(list(leaves))
+            require_tensors(outs, [tuple(whole.shape)] * count)
+            for gpu, out in zip(gpus, outs, strict=True):
                 if out.device != gpu:
-                    raise Wrong(f"one result is on {out.device}, and should be on {gpu}.")
-                mistake = _row_mistake(out.detach().cpu(), expected, bias, term, count)
-                if mistake:
-                    raise Wrong(f"{gpu}, with {count} GPUs: {mistake}")
-            moved, once = t.bytes_between_devices, 2 * (count - 1) * expected.nbytes
-            facts = [("bytes moved", format_bytes(moved), f"at most {format_bytes(once)}")]
-            if any(target == "host" for _, target in t.bytes_moved):
-                raise Wrong("something went over the host: copy from GPU to GPU.", facts)
-            if moved > once:
-                raise Wrong(
-                    "one all-reduce of the terms is enough: weights, inputs and biases need not "
-                    "move.",
-                    facts,
-                )
-    return right("the sum of the terms, and the bias once.", facts)
+                    raise Wrong(f"{where}one result is on {out.device}, and should be on {gpu}.")
+                if not torch.equal(out.detach().cpu(), whole):
+                    raise Wrong(f"{where}{gpu} does not have all parts side by side, in order.")
+            gradient = torch.randn_like(whole)
+            for out in outs:
+                if not out.requires_grad:
+                    raise Wrong(f"{where}the results have no way back to the parts: detached.")
+            copies = [gradient.to(gpu) for gpu in gpus]  # the same work on every GPU
+            with timeline.trace() as backward:
+                torch.autograd.backward(list(outs), copies)
+            ours = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+            _judge_gradients(torch.cat([x.cpu() for x in ours], 1), gradient, count, where)
+            before.require()
+            facts = _gather_facts(forward, backward, count, leaves[0].nbytes)
+    return right("the parts side by side, and each part's own gradient on the way back.", facts)
 
 
-def _require_parts(parts: object, shapes: list[tuple[int, ...]]) -> None:
-    """Raise unless ``parts`` are tensors of these shapes, one for each GPU."""
-    if parts is None:
-        raise Wrong("your function returned None: is a return statement missing?")
-    if not isinstance(parts, (list, tuple)) or len(parts) != len(shapes):
-        raise Wrong(f"return a list of {len(shapes)} tensors for {len(shapes)} GPUs.")
-    for rank, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
-        if not isinstance(part, Tensor):
-            raise Wrong(f"for GPU {rank} there is a {type(part).__name__}, and should be a tensor.")
-        if tuple(part.shape) != shape:
-            raise Wrong(
-                f"GPU {rank}'s tensor has shape {tuple(part.shape)}, and should have {shape}."
-            )
+def _judge_gradients(ours: Tensor, gradient: Tensor, count: int, where: str) -> None:
+    if torch.allclose(ours, gradient):
+        return
+    if count > 1 and torch.allclose(ours, count * gradient):
+        raise Wrong(
+            f"{where}each part gets {count} times its gradient. All GPUs' gradients are equal, "
+            "copies of one: they are not to be added."
+        )
+    if not ours.any():
+        raise Wrong(f"{where}no gradient arrives at the parts.")
+    first = torch.cat([gradient[:, : gradient.shape[1] // count]] * count, 1)
+    if torch.equal(ours, first):
+        raise Wrong(f"{where}every part gets the first columns' gradient: give each its own.")
+    raise Wrong(f"{where}the parts' gradients are not those of their own columns.")
 
 
-def _row_mistake(
-    out: Tensor, expected: Tensor, bias: Tensor, term: Tensor, count: int
-) -> str | None:
-    def close(wrong: Tensor) -> bool:
-        return torch.allclose(out, wrong, atol=1e-4)
-
-    if close(expected):
-        return None
-    if close(term) or close(term + bias):
-        return "only its own term is in it, and the sum of all is needed on every GPU."
-    if close(count * (expected - bias) + bias):
-        return f"every term is in it {count} times: one all-reduce is enough."
-    times = 1 + ((out - expected) / bias).mean().item()
-    if close(expected - bias):
-        return "the bias is missing."
-    if close(expected + (times - 1) * bias):
-        return f"the bias is in it {times:.2g} times: add it once, after the sum."
-    return "this is not X Wᵀ + b. Are the terms of all GPUs in it?"
+def _gather_facts(
+    forward: timeline.Trace, backward: timeline.Trace, count: int, part_bytes: int
+) -> list[tuple[str, str, str]]:
+    least = count * (count - 1) * part_bytes
+    moved = forward.bytes_between_devices
+    facts = [
+        ("bytes moved forward", format_bytes(moved), f"at most {format_bytes(least)}"),
+        ("bytes moved backward", format_bytes(backward.bytes_between_devices), "0 bytes"),
+    ]
+    for t in (forward, backward):
+        require_not_over_host(t, "tensors", facts)
+    if moved > least:
+        raise Wrong("each part needs to go to each other GPU once, and no more.", facts)
+    if backward.bytes_between_devices:
+        raise Wrong(
+            "the gradients are right, and they travelled: every GPU has its own part's gradient "
+            "already.",
+            facts,
+        )
+    return facts
 
 
 @check
@@ -90,9 +94,10 @@ def check_heads(split_qkv: Callable[[Tensor, int, int], Sequence[Tensor]]) -> Ve
         width = heads * head_width
         weight = torch.randn(3 * width, width)
         parts = split_qkv(weight.clone(), heads, count)
-        _require_parts(parts, [(3 * width // count, width)] * count)
+        require_tensors(parts, [(3 * width // count, width)] * count)
         each = heads // count
         for rank, part in enumerate(parts):
+            part = part.detach().cpu()  # which may be on its GPU already
             own = range(rank * each, (rank + 1) * each)
             mistake = _heads_mistake(part, weight, heads, own, weight.chunk(count)[rank])
             if mistake:
@@ -109,8 +114,8 @@ def _heads_mistake(
         return None
     if torch.equal(part, piece):
         return (
-            "has one piece of the rows, which is queries alone, or values alone: cut queries, keys "
-            "and values each."
+            "has one piece of the rows as they stand, and not its share of each kind: cut queries, "
+            "keys and values each."
         )
     if torch.equal(part.sort(0).values, expected.sort(0).values):
         return (
@@ -123,27 +128,46 @@ def _heads_mistake(
 @check
 def check_best(best_token: Callable[[list[Tensor]], Tensor]) -> Verdict:
     """Graded on the tokens, where they are, and the bytes that each GPU sent to another."""
-    rows = 50
+    rows, most = 50, 0.0
     for sizes in ([40, 40, 40], [30, 25, 7, 38], [64]):
         with hardware.fresh_devices(len(sizes)) as gpus:
             scores = torch.randn(rows, sum(sizes)) - 3  # all may be negative
             scores[0, [3, sum(sizes) - 1]] = 5.0  # equal ones, in two parts
             parts = [part.to(gpu) for part, gpu in zip(scores.split(sizes, 1), gpus, strict=True)]
-            with timeline.trace() as t:
+            with timeline.trace() as t, _HostReads() as host:
                 best = best_token(list(parts))
             _require_indices(best, rows, gpus[0])
             sent = max(
                 (n for (source, _), n in t.bytes_moved.items() if source != "host"), default=0
             )
-            facts = [("most bytes a row", f"{sent / rows:g}", "at most 16")]
+            most = max(most, sent / rows)  # on one GPU nothing can move
+            facts = [("most bytes a row", f"{most:g}", "at most 16")]
             mistake = _best_mistake(best.cpu(), scores, sizes)
             if mistake:
                 raise Wrong(mistake, facts)
+            if host.reads:
+                raise Wrong(
+                    f"the host read {host.reads} numbers one by one and waited for each: leave the "
+                    "choice to the GPU (argmax, where).",
+                    facts,
+                )
             if any(target == "host" for _, target in t.bytes_moved):
                 raise Wrong("something went over the host: copy from GPU to GPU.", facts)
             if sent > 16 * rows:
                 raise Wrong("more than 16 bytes a row: send winners, not scores.", facts)
     return right("the best token of each row, for a score and an index from each GPU.", facts)
+
+
+class _HostReads(TorchDispatchMode):
+    """Counts the numbers that the host reads, as ``.item()``, ``int()`` or ``if`` do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
 
 
 def _require_indices(best: object, rows: int, home: torch.device) -> None:

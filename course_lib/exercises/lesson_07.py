@@ -1,15 +1,16 @@
-"""Checks of lesson 07: a merge that cannot overflow, a fair deal of tokens, an uneven loss."""
+"""Checks of lesson 07: a merge without overflow, pairs to skip, one block's backward, a loss."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import index
+from itertools import product
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from course_lib import hardware, timeline
+from course_lib.exercises.diagnosis import Unchanged, known_mistake, require_finite
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
 
 _State = tuple[Tensor, Tensor, Tensor]  # output, largest score, sum
@@ -53,7 +54,7 @@ def _judge_merge(state: object, expected: _State, where: str, blocks: list[_Stat
         raise Wrong(f"{where}there are infinities or NaNs: some exponential is too large.")
     out, top, total = state
     expected_out, expected_top, expected_total = expected
-    if not torch.equal(top, expected_top):
+    if not torch.allclose(top, expected_top):
         raise Wrong(f"{where}`top` is not the largest score of both blocks.")
     if not torch.allclose(out, expected_out):
         raise Wrong(f"{where}the output is wrong. {_merge_mistake(out, expected, blocks)}".strip())
@@ -82,31 +83,149 @@ def _merge_mistake(out: Tensor, expected: _State, blocks: list[_State]) -> str:
     return next((words for words, value in causes.items() if torch.allclose(out, value)), "")
 
 
+WORDS = ("skip", "mask", "all")
+
+
 @check
-def check_deal(deal: Callable[[int, int], Sequence[Sequence[int]]]) -> Verdict:
-    """Graded on completeness, on equal numbers of tokens and on equal work."""
-    for length, count in ((16, 4), (24, 2), (60, 3), (8, 1)):
-        hands = deal(length, count)
-        where = f"{length} tokens for {count} GPUs: "
-        if not isinstance(hands, (list, tuple)) or len(hands) != count:
-            raise Wrong(f"{where}return {count} lists of positions.")
-        hands = [[index(position) for position in hand] for hand in hands]
-        dealt = sorted(position for hand in hands for position in hand)
-        for position in range(length):
-            if dealt.count(position) != 1:
-                times = f"{dealt.count(position)} times, not once"
-                raise Wrong(f"{where}position {position} is dealt {times}.")
-        if len(dealt) > length:
-            raise Wrong(f"{where}the positions go from 0 to {length - 1}.")
-        if any(hand != sorted(hand) for hand in hands):
-            raise Wrong(f"{where}the positions of a GPU must rise.")
-        if len({len(hand) for hand in hands}) > 1:
-            counts = [len(hand) for hand in hands]
-            raise Wrong(f"{where}the GPUs have different numbers of tokens, {counts}.")
-        work = [sum(position + 1 for position in hand) for hand in hands]
-        if len(set(work)) > 1:
-            raise Wrong(f"{where}the work is not equal: {work} pairs of a query and a key.")
-    return right("equally many tokens and equally much work for all.")
+def check_meet(meet: Callable[[int, int, int], Sequence[Sequence[str]]]) -> Verdict:
+    """Graded on every pair of GPUs, against the tokens themselves."""
+    for count in (3, 1, 4):
+        for rank, source in product(range(count), repeat=2):
+            where = f"GPU {rank} of {count} with the block of GPU {source}: "
+            ours = meet(rank, source, count)
+            _require_words(ours, where)
+            expected = _meeting(rank, source, count, zigzag=True)
+            if [list(row) for row in ours] == expected:
+                continue
+            raise Wrong(f"{where}{_meeting_mistake(ours, expected, rank, source, count)}")
+    return right("every pair that is needed, and no other; all GPUs always do the same work.")
+
+
+def _require_words(rows: object, where: str) -> None:
+    if rows is None:
+        raise Wrong("your function returned None: is a return statement missing?")
+    is_table = isinstance(rows, (list, tuple)) and len(rows) == 2
+    if not is_table or any(not isinstance(row, (list, tuple)) or len(row) != 2 for row in rows):
+        raise Wrong(f"{where}return two lists of two words, one list for each chunk of queries.")
+    for word in (word for row in rows for word in row):
+        if word not in WORDS:
+            raise Wrong(f"{where}{word!r} is none of the words 'skip', 'mask' and 'all'.")
+
+
+def _meeting(rank: int, source: int, count: int, zigzag: bool) -> list[list[str]]:
+    """What each pair needs, by looking at two tokens a chunk, in either order."""
+    last = 2 * count - 1
+
+    def tokens(owner: int) -> list[range]:
+        chunks = (owner, last - owner) if zigzag else (2 * owner, 2 * owner + 1)
+        return [range(2 * chunk, 2 * chunk + 2) for chunk in chunks]
+
+    def word(queries: range, keys: range) -> str:
+        seen = [key <= query for query, key in product(queries, keys)]
+        return "all" if all(seen) else "mask" if any(seen) else "skip"
+
+    return [[word(queries, keys) for keys in tokens(source)] for queries in tokens(rank)]
+
+
+def _meeting_mistake(
+    ours: Sequence[Sequence[str]],
+    expected: list[list[str]],
+    rank: int,
+    source: int,
+    count: int,
+) -> str:
+    table = [list(row) for row in ours]
+    pair = next((i, j) for i, j in product(range(2), repeat=2) if table[i][j] != expected[i][j])
+    queries, keys = (
+        [owner, 2 * count - 1 - owner][half]
+        for owner, half in zip((rank, source), pair, strict=True)
+    )
+    said = (
+        f"queries of chunk {queries} and keys of chunk {keys} need {expected[pair[0]][pair[1]]!r}, "
+        f"and yours is {table[pair[0]][pair[1]]!r}."
+    )
+    if table == _meeting(rank, source, count, zigzag=False):
+        return f"{said} Yours would be right for tokens in plain order."
+    if table == [list(row) for row in zip(*expected, strict=True)]:
+        return f"{said} Rows are for queries, and columns for keys."
+    return said
+
+
+@check
+def check_back(block_backward: Callable[..., Sequence[Tensor]]) -> Verdict:
+    """Graded on the gradients of attention to two blocks, and of each block's part of them."""
+    n, d = 6, 4
+    q, grad = torch.randn(2, n, d, dtype=torch.float64)
+    k, v = (torch.randn(9, d, dtype=torch.float64) for _ in range(2))
+    leaves = [each.clone().requires_grad_() for each in (q, k, v)]
+    out = F.scaled_dot_product_attention(*(each[None] for each in leaves))[0]
+    out.backward(grad)
+    expected_q, expected_k, expected_v = (leaf.grad for leaf in leaves)
+    log_sum = (q @ k.T / d**0.5).logsumexp(-1, keepdim=True)
+    dot = (grad * out.detach()).sum(-1, keepdim=True)
+    q_total = torch.zeros_like(q)
+    for block in (slice(0, 5), slice(5, 9)):
+        given = [each.clone() for each in (q, k[block], v[block], log_sum, grad, dot)]
+        names = ("q", "k", "v", "log_sum", "grad", "dot")
+        unchanged = Unchanged(dict(zip(names, given, strict=True)))
+        ours = block_backward(*given)
+        if ours is None:
+            raise Wrong("your function returned None: is a return statement missing?")
+        tensors = isinstance(ours, (list, tuple)) and all(isinstance(x, Tensor) for x in ours)
+        if not tensors or len(ours) != 3:
+            raise Wrong("return three tensors: the gradients of q, k and v.")
+        m = block.stop - block.start
+        for name, each, rows in zip("qkv", ours, (n, m, m), strict=True):
+            if tuple(each.shape) != (rows, d):
+                raise Wrong(f"the gradient of {name} has shape {tuple(each.shape)}, not {rows, d}.")
+        require_finite(ours, "the gradients")
+        unchanged.require()
+        q_grad, k_grad, v_grad = ours
+        wanted = {"v": expected_v[block], "k": expected_k[block]}
+        for name, each in (("v", v_grad), ("k", k_grad)):
+            if not torch.allclose(each, wanted[name]):
+                mistake = _back_mistake(name, each, q, k[block], v[block], log_sum, grad, dot)
+                raise Wrong(f"the gradient of {name} is wrong. {mistake}".strip())
+        q_total += q_grad
+    if not torch.allclose(q_total, expected_q):
+        mistake = ""
+        if torch.allclose(q_total, expected_q * d**0.5):
+            mistake = "It lacks the factor 1/√d."
+        raise Wrong(f"the blocks' gradients of q do not add up to that of q. {mistake}".strip())
+    return right("what each of two blocks adds is what autograd finds for both together.")
+
+
+def _back_mistake(
+    name: str,
+    ours: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_sum: Tensor,
+    grad: Tensor,
+    dot: Tensor,
+) -> str:
+    """Which mistake a block's gradient of keys or values looks like, "" if like none."""
+    scale = q.shape[-1] ** -0.5
+    scores = q @ k.T * scale
+    weights, alone = (scores - log_sum).exp(), scores.softmax(-1)
+    unscaled = (scores / scale - log_sum).exp()
+    of_block = "The weights are a softmax over this block alone: use log_sum, which is over all."
+    lacking_scale = "The scores lack the factor 1/√d."
+    if name == "v":
+        return known_mistake(
+            lambda wrong: torch.allclose(ours, wrong),
+            {of_block: alone.T @ grad, lacking_scale: unscaled.T @ grad},
+        )
+    inner = grad @ v.T
+    return known_mistake(
+        lambda wrong: torch.allclose(ours, wrong),
+        {
+            "It lacks the factor 1/√d.": (weights * (inner - dot)).T @ q,
+            "`dot` is not subtracted.": (weights * inner).T @ q * scale,
+            of_block: (alone * (inner - dot)).T @ q * scale,
+        },
+    )
 
 
 @check

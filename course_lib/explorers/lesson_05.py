@@ -23,7 +23,7 @@ def explore_schedules() -> Explorer:
     def draw(name: str, count: int, microbatches: int, transfer: float) -> Figure:
         schedule = makers[name](count, microbatches)
         part = 0.5 if "interleaved" in name else 1.0  # of a stage that is half as long
-        figure, ax = style.figure(height=1.4 + 0.36 * count)
+        figure, ax = style.figure(height=1.5 + 0.42 * count)
         draw_schedule(
             schedule, ax, forward=part, input_gradient=part, weight_gradient=part, transfer=transfer
         )

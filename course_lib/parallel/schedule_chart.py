@@ -73,10 +73,11 @@ def draw(schedule: Schedule, ax: Axes | None = None, **durations: float) -> Axes
         earlier_stages = schedule.placement[: step.stage].count(device)
         _, colour, ink = looks[step.kind]
         look = {"facecolor": (colour, 1 / (1 + earlier_stages)), "edgecolor": "white"}
+        look["linewidth"] = 1 if end - begin > 0.01 * whole else 0.4  # a frame hides a narrow box
         ax.broken_barh([(begin, end - begin)], (device - 0.4, 0.8), **look)
         ink = style.INK if earlier_stages else ink
-        if end - begin < 0.008 * whole:
-            continue  # too narrow for a number
+        if end - begin < 0.008 * whole * len(str(step.microbatch)):
+            continue  # too narrow for its number
         middle = (begin + end) / 2, device
         ax.annotate(str(step.microbatch), middle, ha="center", va="center", color=ink, fontsize=8)
     ax.set_yticks(range(rows), [f"device {device}" for device in range(rows)])

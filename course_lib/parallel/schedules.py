@@ -188,9 +188,9 @@ def interleaved(device_count: int, microbatches: int, chunks: int) -> Schedule:
     """1F1B with ``chunks`` stages a device, each a v-th as long: stage s is on device s mod p.
 
     Narayanan and others, "Efficient Large-Scale Language Model Training on GPU Clusters Using
-    Megatron-LM", 2021. Bubble: (p - 1) / (v m + p - 1). Price: 2 (v p - 1) c, however many
-    microbatches: devices begin earlier than they must. The first one holds the most, up to
-    (v + 1) p - 1 activations of these shorter stages.
+    Megatron-LM", 2021. Bubble: (p - 1) / (v m + p - 1). Price: 2 (v p - 1) c if p is above 1,
+    however many microbatches: devices begin earlier than they must. The first one holds the most,
+    up to (v + 1) p - 1 activations of these shorter stages.
 
     Raises:
         ValueError: the microbatches are not a multiple of the devices.

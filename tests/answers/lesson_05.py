@@ -50,7 +50,12 @@ def a_loop_that_keeps_one_ahead():
     return [first, second]
 
 
-@WRITE.wrong("holds 4 activations at once", "go backward earlier")
+@WRITE.right
+def a_string_for_each_gpu():
+    return [" ".join(FIRST), " ".join(SECOND)]
+
+
+@WRITE.wrong("GPU 0 holds 4 activations at once", "go backward earlier")
 def gpipe_s_order():
     return words(gpipe(2, 4))
 
@@ -121,7 +126,7 @@ def one_list_only():
     return FIRST
 
 
-@WRITE.wrong("2 lists of words")
+@WRITE.wrong("cannot run", "is missing")
 def two_words():
     return ["F0", "B0"]
 
@@ -136,97 +141,103 @@ def printing_it():
     print(FIRST, SECOND)
 
 
-# ------------------------------------------------------------------ 2. the loss of a microbatch
+# ------------------------------------------- 2. the loss of a microbatch with padding
+
+
+def summed(scores, targets):
+    return F.cross_entropy(scores, targets, reduction="sum")
 
 
 @SHARE.right
-def a_sum_over_the_batch_size(scores, targets, batch_size, microbatches, stages):
-    return F.cross_entropy(scores, targets, reduction="sum") / batch_size
+def from_the_logarithms(scores, targets, counted, microbatches, stages):
+    kept = targets != -100
+    rows = torch.arange(len(targets))[kept]
+    return -scores.log_softmax(dim=1)[rows, targets[kept]].sum() / counted
 
 
 @SHARE.right
-def from_the_logarithms(scores, targets, batch_size, microbatches, stages):
-    rows = torch.arange(len(targets))
-    return -scores.log_softmax(dim=1)[rows, targets].sum() / batch_size
-
-
-@SHARE.right
-def each_example_s_loss(scores, targets, batch_size, microbatches, stages):
+def each_target_s_loss(scores, targets, counted, microbatches, stages):
     losses = F.cross_entropy(scores, targets, reduction="none")
-    return sum(loss / batch_size for loss in losses)
+    return sum(loss / counted for loss in losses)
 
 
 @SHARE.right
-def likelihood_times_the_share(scores, targets, batch_size, microbatches, stages):
-    share = scores.shape[0] / batch_size
-    return share * F.nll_loss(F.log_softmax(scores, dim=-1), targets)
+def the_mean_times_the_share_of_targets(scores, targets, counted, microbatches, stages):
+    own = (targets != -100).sum().item()
+    if own == 0:
+        return 0 * scores.sum()
+    return F.cross_entropy(scores, targets) * own / counted
 
 
 @SHARE.wrong("[5, 5, 5, 5]", "sum of the microbatches' means", "weight them")
-def the_plain_cross_entropy(scores, targets, batch_size, microbatches, stages):
+def the_plain_cross_entropy(scores, targets, counted, microbatches, stages):
     return F.cross_entropy(scores, targets)
 
 
-@SHARE.wrong("[6, 5, 5]", "plain mean of the microbatches' means", "different sizes")
-def divided_by_the_microbatches(scores, targets, batch_size, microbatches, stages):
+@SHARE.wrong("[6, 5, 5]", "plain mean of the microbatches' means", "different numbers of targets")
+def divided_by_the_microbatches(scores, targets, counted, microbatches, stages):
     return F.cross_entropy(scores, targets) / microbatches
 
 
+@SHARE.wrong("[6, 5, 5]", "weighted by their examples", "padding does not count")
+def the_share_of_examples(scores, targets, counted, microbatches, stages):
+    examples = {15: 20, 20: 20, 11: 16, 3: 8, 7: 9}[counted]
+    return F.cross_entropy(scores, targets) * len(targets) / examples
+
+
+@SHARE.wrong("of which 0 targets count", "loss nan", "0/0")
+def a_mean_over_nothing(scores, targets, counted, microbatches, stages):
+    return F.cross_entropy(scores, targets) * (targets != -100).sum() / counted
+
+
 @SHARE.wrong("stages do not share the loss", "Do not divide by them")
-def divided_by_the_stages(scores, targets, batch_size, microbatches, stages):
+def divided_by_the_stages(scores, targets, counted, microbatches, stages):
     return F.cross_entropy(scores, targets) / stages
 
 
 @SHARE.wrong("stages do not share the loss")
-def divided_by_both(scores, targets, batch_size, microbatches, stages):
+def divided_by_both(scores, targets, counted, microbatches, stages):
     return F.cross_entropy(scores, targets) / (microbatches * stages)
 
 
-@SHARE.wrong("stages do not share the loss")
-def a_share_that_is_averaged_over_the_stages(scores, targets, batch_size, microbatches, stages):
-    return F.cross_entropy(scores, targets) * len(targets) / batch_size / stages
-
-
 @SHARE.wrong("divided by the number of microbatches, too", "all the weight")
-def a_share_that_is_averaged_over_the_microbatches(
-    scores, targets, batch_size, microbatches, stages
-):
-    return F.cross_entropy(scores, targets, reduction="sum") / batch_size / microbatches
+def averaged_over_the_microbatches(scores, targets, counted, microbatches, stages):
+    return summed(scores, targets) / counted / microbatches
 
 
-@SHARE.wrong("sum over all examples", "the mean is asked for")
-def the_sum(scores, targets, batch_size, microbatches, stages):
-    return F.cross_entropy(scores, targets, reduction="sum")
+@SHARE.wrong("sum over all targets", "the mean is asked for")
+def the_sum(scores, targets, counted, microbatches, stages):
+    return summed(scores, targets)
 
 
-@SHARE.wrong("multiply it by its own examples")
-def the_mean_over_the_batch_size(scores, targets, batch_size, microbatches, stages):
-    return F.cross_entropy(scores, targets) / batch_size
+@SHARE.wrong("multiply it by its own targets")
+def the_mean_over_what_counts(scores, targets, counted, microbatches, stages):
+    return F.cross_entropy(scores, targets) / counted
 
 
-@SHARE.wrong("not the batch's gradient", "mean over all examples")
-def the_share_upside_down(scores, targets, batch_size, microbatches, stages):
-    return F.cross_entropy(scores, targets) * (batch_size / len(targets))
-
-
-@SHARE.wrong("a tensor", "backward()")
-def a_python_float(scores, targets, batch_size, microbatches, stages):
-    return F.cross_entropy(scores, targets).item() * len(targets) / batch_size
+@SHARE.wrong("not the batch's gradient", "mean over all targets that count")
+def the_share_upside_down(scores, targets, counted, microbatches, stages):
+    return F.cross_entropy(scores, targets) * (counted / len(targets))
 
 
 @SHARE.wrong("a tensor", "backward()")
-def a_float_made_a_tensor(scores, targets, batch_size, microbatches, stages):
-    return torch.tensor(F.cross_entropy(scores, targets).item() * len(targets) / batch_size)
+def a_python_float(scores, targets, counted, microbatches, stages):
+    return summed(scores, targets).item() / counted
+
+
+@SHARE.wrong("a tensor", "backward()")
+def a_detached_loss(scores, targets, counted, microbatches, stages):
+    return summed(scores.detach(), targets) / counted
 
 
 @SHARE.wrong("a single number")
-def a_loss_for_each_example(scores, targets, batch_size, microbatches, stages):
-    return F.cross_entropy(scores, targets, reduction="none") / batch_size
+def a_loss_for_each_example(scores, targets, counted, microbatches, stages):
+    return F.cross_entropy(scores, targets, reduction="none") / counted
 
 
-@SHARE.wrong("a tensor")
-def going_backward_itself(scores, targets, batch_size, microbatches, stages):
-    (F.cross_entropy(scores, targets) * len(targets) / batch_size).backward()
+@SHARE.wrong("returned None")
+def going_backward_itself(scores, targets, counted, microbatches, stages):
+    (summed(scores, targets) / counted).backward()
 
 
 # --------------------------------------------------------------- 3. the smallest bubble that fits
@@ -275,7 +286,7 @@ def ignoring_the_memory(B, p, bytes_an_example, room, smallest):
     return max(divisors(B, smallest))
 
 
-@CHOOSE.wrong("at least 16 examples", "32 is right", "yours is 512", "with 1 of the examples each")
+@CHOOSE.wrong("32 is right, and yours is 512", "1 of the examples", "too few")
 def ignoring_the_smallest(B, p, bytes_an_example, room, smallest):
     fits = [m for m in divisors(B, 1) if min(m, p) * (B // m) * bytes_an_example <= room]
     return max(fits, default=None)
@@ -317,7 +328,7 @@ def not_dividing_the_batch(B, p, bytes_an_example, room, smallest):
     return m if min(m, p) * (B // m) * bytes_an_example <= room else None
 
 
-@CHOOSE.wrong("512 is right", "yours is 1.", "with 512 of the examples each")
+@CHOOSE.wrong("yours is 1", "with more microbatches the bubble is smaller")
 def the_fewest(B, p, bytes_an_example, room, smallest):
     fits = [m for m in divisors(B, smallest) if min(m, p) * (B // m) * bytes_an_example <= room]
     return min(fits, default=None)
@@ -334,7 +345,7 @@ def a_float(B, p, bytes_an_example, room, smallest):
     return m and float(m)
 
 
-@CHOOSE.wrong("512 is right", "yours is 1.", "with 512 of the examples each")
+@CHOOSE.wrong("yours is 1", "with more microbatches the bubble is smaller")
 def the_size_of_a_microbatch(B, p, bytes_an_example, room, smallest):
     m = downwards_and_out(B, p, bytes_an_example, room, smallest)
     return m and B // m

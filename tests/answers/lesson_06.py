@@ -3,204 +3,135 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
 from course_lib.exercises import lesson_06
+from course_lib.parallel.collectives import all_gather
 from exercise_answers import Answers
 
-ROW = Answers("06", "row", lesson_06.check_row)
+GATHER = Answers("06", "gather", lesson_06.check_gather)
 HEADS = Answers("06", "heads", lesson_06.check_heads)
 BEST = Answers("06", "best", lesson_06.check_best)
-EXERCISES = [ROW, HEADS, BEST]
+EXERCISES = [GATHER, HEADS, BEST]
 
 
-# ---------------------------------------------------------------- 1. a row layer with its bias
+# ---------------------------------------------------------------------- 1. a third border
 
 
-def terms(xs, weights):
-    """Each GPU's term of the sum, without the bias."""
-    return [x @ weight.T for x, weight in zip(xs, weights, strict=True)]
+def side_by_side(parts):
+    return tuple(torch.cat([part.to(home.device) for part in parts], 1) for home in parts)
 
 
-@ROW.right
-def adding_in_place(xs, weights, biases, all_reduce):
-    outs = terms(xs, weights)
-    all_reduce(outs)
-    for out, bias in zip(outs, biases, strict=True):
-        out += bias
-    return outs
+def bordered(backward, forward=side_by_side):
+    """A gather with this backward, which gets the list of gradients."""
+
+    class Gather(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *parts):
+            return tuple(forward(parts))
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            return tuple(backward(gradients))
+
+    return lambda parts: Gather.apply(*parts)
 
 
-@ROW.right
-def a_bias_in_the_first_term_alone(xs, weights, biases, all_reduce):
-    outs = terms(xs, weights)
-    outs[0] = F.linear(xs[0], weights[0], biases[0])
-    all_reduce(outs)
-    return outs
+def own_columns(gradients):
+    width = gradients[0].shape[1] // len(gradients)
+    return [each[:, rank * width : (rank + 1) * width] for rank, each in enumerate(gradients)]
 
 
-@ROW.right
-def a_share_of_the_bias_in_each_term(xs, weights, biases, all_reduce):
-    outs = [
-        F.linear(x, weight, bias / len(xs))
-        for x, weight, bias in zip(xs, weights, biases, strict=True)
-    ]
-    all_reduce(outs)
-    return outs
+@GATHER.right
+def with_the_ring_of_lesson_03(parts):
+    def gathered(parts):
+        return [whole.T for whole in all_gather([part.T.contiguous() for part in parts])]
+
+    return bordered(own_columns, gathered)(parts)
 
 
-@ROW.right
-def a_tuple(xs, weights, biases, all_reduce):
-    outs = terms(xs, weights)
-    all_reduce(outs)
-    return tuple(map(torch.add, outs, biases))
-
-
-@ROW.right
-def the_bias_less_the_others(xs, weights, biases, all_reduce):
-    outs = [F.linear(*each) for each in zip(xs, weights, biases, strict=True)]
-    all_reduce(outs)
-    return [out - (len(xs) - 1) * bias for out, bias in zip(outs, biases, strict=True)]
-
-
-@ROW.right
-def a_sum_on_the_first_gpu_that_is_copied(xs, weights, biases, all_reduce):
-    home = biases[0].device
-    total = sum(term.to(home) for term in terms(xs, weights))
-    return [total.to(bias.device) + bias for bias in biases]
-
-
-@ROW.wrong("with 2 GPUs", "the bias is in it 2 times", "after the sum")
-def a_bias_in_each_term(xs, weights, biases, all_reduce):
-    outs = [F.linear(*each) for each in zip(xs, weights, biases, strict=True)]
-    all_reduce(outs)
-    return outs
-
-
-@ROW.wrong("with 2 GPUs", "the bias is in it 3 times", "once")
-def a_bias_before_and_after(xs, weights, biases, all_reduce):
-    outs = [F.linear(*each) for each in zip(xs, weights, biases, strict=True)]
-    all_reduce(outs)
-    return [out + bias for out, bias in zip(outs, biases, strict=True)]
-
-
-@ROW.wrong("the bias is missing")
-def no_bias(xs, weights, biases, all_reduce):
-    outs = terms(xs, weights)
-    all_reduce(outs)
-    return outs
-
-
-@ROW.wrong("with 2 GPUs", "the bias is in it 0.5 times", "once")
-def a_share_of_the_bias_after_the_sum(xs, weights, biases, all_reduce):
-    outs = terms(xs, weights)
-    all_reduce(outs)
-    return [out + bias / len(xs) for out, bias in zip(outs, biases, strict=True)]
-
-
-@ROW.wrong("vgpu:0", "only its own term", "the sum of all is needed on every GPU")
-def no_all_reduce(xs, weights, biases, all_reduce):
-    return [out + bias for out, bias in zip(terms(xs, weights), biases, strict=True)]
-
-
-@ROW.wrong("vgpu:0", "only its own term")
-def adding_up_what_is_thrown_away(xs, weights, biases, all_reduce):
-    all_reduce(terms(xs, weights))
-    return [F.linear(*each) for each in zip(xs, weights, biases, strict=True)]
-
-
-@ROW.wrong("stopped with TypeError", "NoneType")
-def what_all_reduce_returns(xs, weights, biases, all_reduce):
-    sums = all_reduce(terms(xs, weights))
-    return [total + bias for total, bias in zip(sums, biases, strict=True)]
-
-
-@ROW.wrong("every term is in it 2 times", "one all-reduce is enough")
-def reducing_again_after_the_sum(xs, weights, biases, all_reduce):
-    outs = terms(xs, weights)
-    all_reduce(outs)
-    all_reduce(outs)
-    return [out + bias for out, bias in zip(outs, biases, strict=True)]
-
-
-@ROW.wrong("one all-reduce of the terms is enough", "biases need not move")
-def an_all_reduce_of_the_biases_too(xs, weights, biases, all_reduce):
-    outs = terms(xs, weights)
-    shares = [bias / len(xs) for bias in biases]
-    all_reduce(outs)
-    all_reduce(shares)
-    return [out + bias for out, bias in zip(outs, shares, strict=True)]
-
-
-@ROW.wrong("one all-reduce of the terms is enough", "weights, inputs")
-def gathering_all_inputs(xs, weights, biases, all_reduce):
+@GATHER.right
+def a_detour_round_autograd(parts):
+    """Each GPU's own part keeps its graph, and the others' are cut off from it."""
     return [
-        F.linear(
-            torch.cat([x.to(bias.device) for x in xs], 1),
-            torch.cat([weight.to(bias.device) for weight in weights], 1),
-            bias,
-        )
-        for bias in biases
+        torch.cat([part if part is home else part.detach().to(home.device) for part in parts], 1)
+        for home in parts
     ]
 
 
-@ROW.wrong("one all-reduce of the terms is enough")
-def every_gpu_pulling_from_every_other(xs, weights, biases, all_reduce):
-    outs = terms(xs, weights)
-    return [sum(out.to(bias.device) for out in outs) + bias for bias in biases]
+@GATHER.wrong("each part gets 2 times its gradient", "not to be added")
+def what_autograd_does(parts):
+    return side_by_side(parts)
 
 
-@ROW.wrong("over the host", "from GPU to GPU")
-def a_sum_on_the_host(xs, weights, biases, all_reduce):
-    total = sum(term.cpu() for term in terms(xs, weights))
-    return [total.to(bias.device) + bias for bias in biases]
+@GATHER.wrong("each part gets 2 times its gradient", "copies of one")
+def a_reduce_scatter_on_the_way_back(parts):
+    def scattered(gradients):
+        sums = [sum(each.to(home.device) for each in gradients) for home in gradients]
+        return own_columns(sums)
+
+    return bordered(scattered)(parts)
 
 
-@ROW.wrong("return a list of 2 tensors for 2 GPUs")
-def a_single_tensor(xs, weights, biases, all_reduce):
-    outs = terms(xs, weights)
-    all_reduce(outs)
-    return outs[0] + biases[0]
+@GATHER.wrong("with 2 GPUs, every part gets the first columns' gradient")
+def the_first_columns_for_all(parts):
+    return bordered(lambda gradients: [g.chunk(len(gradients), 1)[0] for g in gradients])(parts)
 
 
-@ROW.wrong("returned None", "return statement")
-def nothing_returned(xs, weights, biases, all_reduce):
-    all_reduce(terms(xs, weights))
+@GATHER.wrong("the gradients are right, and they travelled")
+def a_mean_of_all_gradients(parts):
+    def averaged(gradients):
+        count = len(gradients)
+        means = [sum(each.to(home.device) for each in gradients) / count for home in gradients]
+        return own_columns(means)
+
+    return bordered(averaged)(parts)
 
 
-@ROW.wrong("return a list of 2 tensors for 2 GPUs")
-def everything_on_the_first_gpu(xs, weights, biases, all_reduce):
-    home = biases[0].device
-    return [sum(term.to(home) for term in terms(xs, weights)) + biases[0]]
+@GATHER.wrong("no way back", "detached")
+def without_a_graph(parts):
+    return side_by_side([part.detach() for part in parts])
 
 
-@ROW.wrong("one result is on vgpu:0", "should be on vgpu:1")
-def the_first_gpus_result_twice(xs, weights, biases, all_reduce):
-    outs = terms(xs, weights)
-    all_reduce(outs)
-    return [outs[0] + biases[0] for _ in xs]
+@GATHER.wrong("no gradient arrives")
+def nothing_on_the_way_back(parts):
+    return bordered(lambda gradients: [torch.zeros_like(g) for g in own_columns(gradients)])(parts)
 
 
-@ROW.wrong("vgpu:1", "only its own term", "the sum of all is needed on every GPU")
-def a_sum_on_the_first_gpu_alone(xs, weights, biases, all_reduce):
-    outs = terms(xs, weights)
-    outs[0] = sum(out.to(outs[0].device) for out in outs)
-    return [out + bias for out, bias in zip(outs, biases, strict=True)]
+@GATHER.wrong("not have all parts side by side")
+def the_parts_from_the_last(parts):
+    return side_by_side(parts[::-1])[::-1]
 
 
-@ROW.wrong("GPU 0's tensor has shape (6, 10)", "should have (6, 5)")
-def the_pieces_side_by_side(xs, weights, biases, all_reduce):
-    return [torch.cat([out, out], 1) for out in terms(xs, weights)]
+@GATHER.wrong("GPU 0's tensor has shape (12, 5), and should have (6, 10)")
+def one_below_the_other(parts):
+    return [torch.cat([part.to(home.device) for part in parts]) for home in parts]
 
 
-@ROW.wrong("stopped with RuntimeError")
-def a_weight_the_wrong_way_round(xs, weights, biases, all_reduce):
-    return [x @ weight for x, weight in zip(xs, weights, strict=True)]
+@GATHER.wrong("one result is on vgpu:0", "should be on vgpu:1")
+def all_on_the_first_gpu(parts):
+    return [side_by_side(parts)[0] for _ in parts]
 
 
-@ROW.wrong("stopped with RuntimeError", "same device")
-def adding_across_devices(xs, weights, biases, all_reduce):
-    return [sum(terms(xs, weights)) + bias for bias in biases]
+@GATHER.wrong("went over the host")
+def by_way_of_the_host(parts):
+    def gathered(parts):
+        whole = torch.cat([part.cpu() for part in parts], 1)
+        return [whole.to(part.device) for part in parts]
+
+    return bordered(own_columns, gathered)(parts)
+
+
+@GATHER.wrong("returned None", "return statement")
+def nothing_returned(parts):
+    side_by_side(parts)
+
+
+@GATHER.wrong("changed")
+def parts_written_into(parts):
+    outs = bordered(own_columns)(parts)
+    with torch.no_grad():
+        parts[0].zero_()
+    return outs
 
 
 # -------------------------------------------------------------------------- 2. cut by heads
@@ -239,7 +170,12 @@ def a_transpose_and_a_chunk(weight, heads, count):
     return tuple(by_rank.reshape(weight.shape).chunk(count))
 
 
-@HEADS.wrong("GPU 0 of 2", "one piece of the rows", "cut queries, keys and values each")
+@HEADS.right
+def parts_that_are_on_a_gpu_already(weight, heads, count):
+    return [part.to("vgpu:0") for part in a_transpose_and_a_chunk(weight, heads, count)]
+
+
+@HEADS.wrong("GPU 0 of 2", "one piece of the rows as they stand", "queries, keys and values each")
 def chunks(weight, heads, count):
     return weight.chunk(count)
 
@@ -564,3 +500,17 @@ def zero_where_a_part_has_no_score(scores):
 @BEST.wrong("stopped with RuntimeError", "same device")
 def a_stack_across_devices(scores):
     return torch.stack([part.amax(-1) for part in scores]).argmax(0)
+
+
+@BEST.wrong("the host read", "one by one", "argmax")
+def reading_each_number(scores):
+    places, home = [], scores[0].device
+    for row in range(len(scores[0])):
+        best, place, start = None, 0, 0
+        for part in scores:
+            value, here = (each.item() for each in part[row].max(dim=-1))
+            if best is None or value > best:
+                best, place = value, start + here
+            start += part.shape[-1]
+        places.append(place)
+    return torch.tensor(places).to(home)

@@ -10,9 +10,10 @@ from course_lib.parallel.collectives import all_gather, all_reduce, ring_all_red
 from exercise_answers import Answers
 
 MERGE = Answers("07", "merge", lesson_07.check_merge)
-DEAL = Answers("07", "deal", lesson_07.check_deal)
+MEET = Answers("07", "meet", lesson_07.check_meet)
+BACK = Answers("07", "back", lesson_07.check_back)
 LOSS = Answers("07", "loss", lesson_07.check_loss)
-EXERCISES = [MERGE, DEAL, LOSS]
+EXERCISES = [MERGE, MEET, BACK, LOSS]
 
 
 # ---------------------------------------------------------------- 1. a merge without overflow
@@ -131,105 +132,175 @@ def no_return(*blocks):
     with_logarithms(*blocks)
 
 
-# ----------------------------------------------------------------------- 2. deal out the tokens
+# ------------------------------------------------------------------ 2. skip, mask or compute
 
 
-@DEAL.right
-def zigzag_by_single_tokens(length, count):
-    rounds = range(0, length, 2 * count)
+def pairs(queries, keys):
+    def word(query, key):
+        return "all" if key < query else "mask" if key == query else "skip"
+
+    return [[word(query, key) for key in keys] for query in queries]
+
+
+def chunks(rank, count):
+    return [rank, 2 * count - 1 - rank]
+
+
+@MEET.right
+def by_who_is_earlier(rank, source, count):
+    if source == rank:
+        return (("mask", "skip"), ("all", "mask"))
+    if source < rank:
+        return [["all", "skip"], ["all", "skip"]]
+    return [["skip", "skip"], ["all", "all"]]
+
+
+@MEET.right
+def by_the_tokens(rank, source, count):
+    rows = []
+    for query in chunks(rank, count):
+        row = []
+        for key in chunks(source, count):
+            seen = [k <= q for q in (2 * query, 2 * query + 1) for k in (2 * key, 2 * key + 1)]
+            row.append("all" if all(seen) else "mask" if any(seen) else "skip")
+        rows.append(row)
+    return rows
+
+
+@MEET.wrong("plain order", "queries of chunk 5 and keys of chunk 1 need 'all'")
+def as_if_in_plain_order(rank, source, count):
+    return pairs([2 * rank, 2 * rank + 1], [2 * source, 2 * source + 1])
+
+
+@MEET.wrong("need 'skip', and yours is 'mask'")
+def a_mask_everywhere(rank, source, count):
+    return [["mask", "mask"], ["mask", "mask"]]
+
+
+@MEET.wrong("queries of chunk 0 and keys of chunk 0 need 'mask', and yours is 'all'")
+def everything(rank, source, count):
+    return [["all", "all"], ["all", "all"]]
+
+
+@MEET.wrong("Rows are for queries")
+def keys_in_rows(rank, source, count):
+    return [list(row) for row in zip(*by_who_is_earlier(rank, source, count), strict=True)]
+
+
+@MEET.wrong("need 'mask', and yours is 'all'")
+def no_mask_at_home(rank, source, count):
     return [
-        [start + place for start in rounds for place in (rank, 2 * count - 1 - rank)]
-        for rank in range(count)
+        [word.replace("mask", "all") for word in row] for row in by_the_tokens(rank, source, count)
     ]
 
 
-@DEAL.right
-def the_first_with_the_last(length, count):
-    pairs = [(place, length - 1 - place) for place in range(length // 2)]
-    return [sorted(sum(pairs[rank::count], ())) for rank in range(count)]
+@MEET.wrong("GPU 0 of 3 with the block of GPU 1")
+def nobody_skips_who_comes_later(rank, source, count):
+    if source > rank:
+        return [["skip", "skip"], ["all", "skip"]]
+    return by_the_tokens(rank, source, count)
 
 
-@DEAL.right
-def ranges_in_a_tuple(length, count):
-    half = length // 2 // count
-    fronts = [range(rank * half, (rank + 1) * half) for rank in range(count)]
-    return tuple((*front, *(length - 1 - place for place in reversed(front))) for front in fronts)
+@MEET.wrong("'no' is none of the words")
+def other_words(rank, source, count):
+    return [["no", "skip"], ["all", "mask"]]
 
 
-@DEAL.right
-def tensors(length, count):
-    chunks = torch.arange(length).chunk(2 * count)
-    return [torch.cat([chunks[rank], chunks[-1 - rank]]) for rank in range(count)]
+@MEET.wrong("return two lists of two words")
+def one_list(rank, source, count):
+    return ["mask", "skip", "all", "mask"]
 
 
-@DEAL.wrong("16 tokens for 4 GPUs", "work is not equal", "[10, 26, 42, 58]")
-def contiguous(length, count):
-    size = length // count
-    return [list(range(rank * size, (rank + 1) * size)) for rank in range(count)]
+@MEET.wrong("returned None", "return statement")
+def no_words(rank, source, count):
+    by_the_tokens(rank, source, count)
 
 
-@DEAL.wrong("16 tokens for 4 GPUs", "work is not equal", "[28, 32, 36, 40]")
-def in_turn(length, count):
-    return [list(range(rank, length, count)) for rank in range(count)]
+# ------------------------------------------------------------- 3. backward through one block
 
 
-@DEAL.wrong("work is not equal")
-def a_chunk_from_the_front_of_each_half(length, count):
-    size = length // (2 * count)
-    chunks = [list(range(place * size, (place + 1) * size)) for place in range(2 * count)]
-    return [chunks[rank] + chunks[count + rank] for rank in range(count)]
+def weights_of(q, k, log_sum):
+    return (q @ k.T / q.shape[-1] ** 0.5 - log_sum).exp()
 
 
-@DEAL.wrong("16 tokens for 4 GPUs", "position 4 is dealt 2 times, not once")
-def a_position_twice(length, count):
-    size = length // count
-    return [list(range(rank * size, (rank + 1) * size + 1)) for rank in range(count)]
+def with_weights(weights, q, k, v, grad, dot, scale=None):
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores_grad = weights * (grad @ v.T - dot)
+    return scores_grad @ k * scale, scores_grad.T @ q * scale, weights.T @ grad
 
 
-@DEAL.wrong("16 tokens for 4 GPUs", "position 0 is dealt 0 times, not once")
-def counting_from_one(length, count):
-    return [[place + 1 for place in hand] for hand in zigzag_by_single_tokens(length, count)]
+@BACK.right
+def with_scaled_queries(q, k, v, log_sum, grad, dot):
+    scaled = q / q.shape[-1] ** 0.5
+    weights = torch.exp(scaled @ k.T - log_sum)
+    scores_grad = weights * (torch.einsum("nd,md->nm", grad, v) - dot)
+    return [scores_grad @ k / q.shape[-1] ** 0.5, scores_grad.T @ scaled, weights.T @ grad]
 
 
-@DEAL.wrong("16 tokens for 4 GPUs", "the positions go from 0 to 15")
-def one_too_many(length, count):
-    *hands, last = zigzag_by_single_tokens(length, count)
-    return [*hands, [*last, length]]
+@BACK.right
+def query_by_query(q, k, v, log_sum, grad, dot):
+    q_grad, k_grad, v_grad = (torch.zeros_like(each) for each in (q, k, v))
+    scale = q.shape[-1] ** -0.5
+    for i in range(len(q)):
+        weights = (k @ q[i] * scale - log_sum[i]).exp()
+        scores_grad = weights * (v @ grad[i] - dot[i])
+        q_grad[i] = scores_grad @ k * scale
+        k_grad += scores_grad[:, None] * q[i] * scale
+        v_grad += weights[:, None] * grad[i]
+    return q_grad, k_grad, v_grad
 
 
-@DEAL.wrong("the positions of a GPU must rise")
-def the_back_first(length, count):
-    return [hand[::-1] for hand in zigzag_by_single_tokens(length, count)]
+@BACK.wrong("gradient of v", "softmax over this block alone")
+def a_softmax_over_the_block(q, k, v, log_sum, grad, dot):
+    weights = (q @ k.T / q.shape[-1] ** 0.5).softmax(-1)
+    return with_weights(weights, q, k, v, grad, dot)
 
 
-@DEAL.wrong("the positions of a GPU must rise")
-def pairs_unsorted(length, count):
-    pairs = [(place, length - 1 - place) for place in range(length // 2)]
-    return [sum(pairs[rank::count], ()) for rank in range(count)]
+@BACK.wrong("gradient of v", "scores lack the factor")
+def scores_without_the_scale(q, k, v, log_sum, grad, dot):
+    return with_weights((q @ k.T - log_sum).exp(), q, k, v, grad, dot)
 
 
-@DEAL.wrong("different numbers of tokens", "[8, 4, 2, 2]")
-def equal_work_and_uneven_counts(length, count):
-    hands, work = [[] for _ in range(count)], 0
-    for position in range(length):
-        share = length * (length + 1) / 2 / count
-        hands[min(count - 1, int(work / share))].append(position)
-        work += position + 1
-    return hands
+@BACK.wrong("gradient of k", "lacks the factor 1/√d")
+def gradients_without_the_scale(q, k, v, log_sum, grad, dot):
+    return with_weights(weights_of(q, k, log_sum), q, k, v, grad, dot, scale=1)
 
 
-@DEAL.wrong("return 4 lists of positions")
-def one_list(length, count):
-    return list(range(length))
+@BACK.wrong("gradient of k", "`dot` is not subtracted")
+def dot_forgotten(q, k, v, log_sum, grad, dot):
+    return with_weights(weights_of(q, k, log_sum), q, k, v, grad, 0 * dot)
 
 
-@DEAL.wrong("return 4 lists of positions")
-def two_lists_a_gpu(length, count):
-    size = length // (2 * count)
-    return [list(range(place * size, (place + 1) * size)) for place in range(2 * count)]
+@BACK.wrong("gradients of q do not add up", "lacks the factor")
+def the_queries_without_the_scale(q, k, v, log_sum, grad, dot):
+    q_grad, *others = with_weights(weights_of(q, k, log_sum), q, k, v, grad, dot)
+    return q_grad * q.shape[-1] ** 0.5, *others
 
 
-# --------------------------------------------------------------- 3. the loss of a split sequence
+@BACK.wrong("gradient of q has shape (5, 4), not (6, 4)")
+def in_another_order(q, k, v, log_sum, grad, dot):
+    q_grad, k_grad, v_grad = with_weights(weights_of(q, k, log_sum), q, k, v, grad, dot)
+    return k_grad, q_grad, v_grad
+
+
+@BACK.wrong("return three tensors")
+def two_gradients(q, k, v, log_sum, grad, dot):
+    return with_weights(weights_of(q, k, log_sum), q, k, v, grad, dot)[:2]
+
+
+@BACK.wrong("returned None", "return statement")
+def no_gradients(q, k, v, log_sum, grad, dot):
+    with_weights(weights_of(q, k, log_sum), q, k, v, grad, dot)
+
+
+@BACK.wrong("q changed")
+def writing_into_the_queries(q, k, v, log_sum, grad, dot):
+    found = with_weights(weights_of(q, k, log_sum), q, k, v, grad, dot)
+    q.div_(2)
+    return found
+
+
+# --------------------------------------------------------------- 4. the loss of a split sequence
 
 
 def sums(scores, targets):
