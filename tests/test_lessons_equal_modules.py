@@ -338,7 +338,7 @@ def test_lesson_06_and_tensor_parallel_have_the_same_cross_entropy(lesson_06, si
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-12)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def lesson_07() -> SimpleNamespace:
     return definitions("07_sequence_parallelism.ipynb", "borders", "attend", "merge", "ring")
 
