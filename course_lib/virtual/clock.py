@@ -173,7 +173,7 @@ class Clock:
             self.after_host_waited()
 
     def end(self) -> None:
-        """Have no use from now on."""
+        """Have no use from now on, or until this machine is the one in use again."""
         self.in_use = False
         if self.after_host_waited is not None:
             self.after_host_waited()

@@ -132,7 +132,8 @@ def _look(func: Callable, args: tuple, kwargs: dict, result: Any) -> None:
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        if value.layout is torch.strided:
+        is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(value)  # it has no storage
+        if value.layout is torch.strided and not is_wrapped:
             yield value
     elif isinstance(value, (list, tuple)):
         for item in value:

@@ -93,7 +93,7 @@ class Machine(State):
     def _swap(self, state: dict[str, Any]) -> dict[str, Any]:
         """Take on the attributes of another state, and return those that there were."""
         before = self.__dict__
-        self.clock.in_use = False
+        self.clock.end()
         self.__dict__ = state
         self.clock.in_use = True
         return before
