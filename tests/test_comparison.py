@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from course_lib import trace
 from course_lib.hardware import fresh_devices, host_seconds, memory_in_use, peak_memory
 from course_lib.models import GPT, next_token_loss, parameter_count
 from course_lib.parallel import comparison
-from course_lib.parallel.comparison import METHODS, Measurement, compare, measure
+from course_lib.parallel.comparison import METHODS, Measurement, compare, largest, measure
 from course_lib.parallel.proof import largest_difference
 from course_lib.parallel.split_parameter import unsplit
 from course_lib.virtual.machine import machine
@@ -28,10 +29,11 @@ each_method = pytest.mark.parametrize("name", METHODS)
 # The class or function that each method makes its model with, and how to get that back whole.
 MODELS: dict[str, tuple[str, Callable[[object, GPT], nn.Module]]] = {
     "data": ("replicate", lambda replicas, gpt: replicas[0]),
-    "sharded": ("Sharded", lambda model, gpt: model.to_model()),
+    "ZeRO 1": ("Sharded", lambda model, gpt: model.to_model()),
+    "ZeRO 3": ("Sharded", lambda model, gpt: model.to_model()),
     "pipeline": ("Pipeline", lambda model, gpt: nn.Sequential(*chain(*model.stages))),
     "tensor": ("ParallelGPT", unsplit),
-    "sequence": ("ContextParallelGPT", lambda model, gpt: model.replicas[0]),
+    "context": ("ContextParallelGPT", lambda model, gpt: model.replicas[0]),
 }
 
 
@@ -66,7 +68,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list:
 
         return make_and_keep
 
-    for attribute, _ in MODELS.values():
+    for attribute in {attribute for attribute, _ in MODELS.values()}:
         monkeypatch.setattr(comparison, attribute, keeping(getattr(comparison, attribute)))
     return models
 
@@ -81,9 +83,12 @@ def optimizer(request, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @each_method
-def test_two_steps_are_those_of_one_gpu(vgpus, optimizer, made, name: str) -> None:
-    gpt, batch = a_gpt(), a_batch()
-    step = METHODS[name](gpt, vgpus[:2], *batch)
+@pytest.mark.parametrize("microbatch", [1, 2])
+def test_two_steps_are_those_of_one_gpu(vgpus, optimizer, made, name: str, microbatch) -> None:
+    gpt, (tokens, targets) = a_gpt(), a_batch()
+    targets[0, 1:] = -100  # padding: microbatches count unequally
+    batch = tokens, targets
+    step = METHODS[name](gpt, vgpus[:2], *batch, microbatch)
     step()
     step()
     _, to_model = MODELS[name]
@@ -97,7 +102,7 @@ def test_two_steps_are_those_of_one_gpu(vgpus, optimizer, made, name: str) -> No
 def test_the_model_stays_as_it_is(vgpus, name: str) -> None:
     gpt, batch = a_gpt(), a_batch()
     before = copy.deepcopy(gpt)
-    METHODS[name](gpt, vgpus[:2], *batch)()
+    METHODS[name](gpt, vgpus[:2], *batch, 2)()
     assert largest_difference(gpt, before) == 0
     assert all(parameter.grad is None for parameter in gpt.parameters())
     assert all(parameter.device.type == "cpu" for parameter in gpt.parameters())
@@ -107,11 +112,11 @@ def test_the_model_stays_as_it_is(vgpus, name: str) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize(("name", "times"), [("data", 2), ("sharded", 3)])
+@pytest.mark.parametrize(("name", "times"), [("data", 2), ("ZeRO 1", 2), ("ZeRO 3", 3)])
 def test_bytes_sent_are_those_of_rings(vgpus, name: str, times: int, count: int) -> None:
     gpt, gpus = a_gpt(), vgpus[:count]
     nbytes = 4 * parameter_count(gpt)
-    sent = measure(METHODS[name](gpt, gpus, *a_batch()), gpus).sent
+    sent = measure(METHODS[name](gpt, gpus, *a_batch(), 4 // count), gpus).sent
     assert sent * count == times * (count - 1) * nbytes
 
 
@@ -139,25 +144,59 @@ def test_the_second_step_is_what_is_measured() -> None:
         measured = measure(lambda: kept.append(torch.zeros(250, device=gpus[1])), gpus)
     # One write of 1000 bytes, enqueued after the launch.
     expected = SPEC.launch_overhead + 1000 / SPEC.memory_bandwidth
-    assert measured == Measurement(seconds(expected), 2000, 1000, 0)
+    # The other three do nothing; this one nothing until it is told what.
+    idle = (3 + SPEC.launch_overhead / expected) / 4
+    assert measured == Measurement(seconds(expected), 2000, 1000, 0, 0.0, pytest.approx(idle))
 
 
 def test_data_parallelism_holds_parameters_gradients_and_moments_between_steps() -> None:
     gpt, (tokens, targets) = a_gpt(), a_batch()
     with fresh_devices(2) as gpus:
-        measured = measure(METHODS["data"](gpt, gpus, tokens, targets), gpus)
+        measured = measure(METHODS["data"](gpt, gpus, tokens, targets, 2), gpus)
     assert measured.between_steps == 4 * 4 * parameter_count(gpt) + tokens.nbytes
     assert measured.peak > measured.between_steps
+
+
+@each_method
+def test_nothing_comes_from_the_host_in_a_step(vgpus, name: str) -> None:
+    step = METHODS[name](a_gpt(), vgpus[:2], *a_batch(), 2)
+    step()
+    with trace(strict=True) as t:
+        step()
+    assert not any("host" in route for route in t.bytes_moved)
+
+
+def test_copies_beside_computing_are_not_exposed(gpus) -> None:
+    def step() -> None:
+        torch.zeros(10**6, device=gpus[0]).to(gpus[1])
+
+    measured = measure(step, gpus)
+    write, copy = 4e6 / SPEC.memory_bandwidth, 4e6 / SPEC.link_bandwidth
+    assert measured.exposed == pytest.approx(2 / 4 * copy / measured.seconds, rel=0.01)
+    busy = (write + 2 * copy) / 4 / measured.seconds
+    assert measured.idle == pytest.approx(1 - busy, rel=0.01)
 
 
 # A comparison.
 
 
+def test_an_unknown_method_is_named(vgpus) -> None:
+    with pytest.raises(ValueError, match="there is no method 'sequence': there are"):
+        compare(a_gpt(), 4, LENGTH, 2, SPEC, ["sequence"])
+
+
+@pytest.mark.parametrize("limit", [0, 1, 4, 6, 7, 20])
+def test_the_largest_that_fits_is_found(limit: int) -> None:
+    sizes = [1, 3, 4, 7, 11]
+    expected = max((size for size in sizes if size <= limit), default=None)
+    assert largest(lambda size: size <= limit, sizes) == expected
+
+
 def test_what_does_not_fit_has_no_measurement(vgpus) -> None:
-    gpt, names = a_gpt(), ["sharded", "data"]
+    gpt, names = a_gpt(), ["ZeRO 3", "data"]
     roomy = compare(gpt, 4, LENGTH, 2, SPEC, names)
     assert list(roomy) == names
-    assert roomy["sharded"].peak < roomy["data"].peak
+    assert roomy["ZeRO 3"].peak < roomy["data"].peak
     tight = SPEC.with_(memory=roomy["data"].peak - 1)
     results = compare(gpt, 4, LENGTH, 2, tight, names)
     assert results == roomy | {"data": None}

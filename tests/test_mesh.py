@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from itertools import chain, permutations
 
+import matplotlib.pyplot as plt
+import nbformat
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from course_lib.models import GPT, next_token_loss
 from course_lib.parallel.mesh import AXES, Mesh, MeshGPT
 from course_lib.parallel.proof import largest_difference
 from course_lib.parallel.split_parameter import unsplit
+from notebook_tools import NOTEBOOKS
 
 
 def a_gpt() -> GPT:
@@ -86,3 +89,24 @@ def test_what_is_no_mesh_is_said_in_one_line(vgpus) -> None:
     model = MeshGPT(a_gpt(), Mesh(devices(4), 2, 2, 1))
     with pytest.raises(ValueError, match="3 examples cannot fill 4 microbatches"):
         model.place(*torch.randint(11, (2, 3, 8)), microbatches=2)
+
+
+def test_lesson_09_and_mesh_train_to_the_same_bits() -> None:
+    """The cells of the lesson that derive the mesh, after its set-up cell."""
+    nb = nbformat.read(NOTEBOOKS / "09_data_against_model_parallelism.ipynb", as_version=4)
+    source = {cell["id"]: cell.source for cell in nb.cells}
+    lesson: dict = {}
+    with plt.rc_context():
+        for cell_id in ("setup", "mesh", "mesh-step"):
+            exec(source[cell_id], lesson)
+    gpus = devices(8)
+    x, y = torch.randint(11, (2, 8, 8))
+    step = lesson["mesh_step"](a_gpt(), gpus, (2, 2, 2), x, y, microbatches=2)
+    model = MeshGPT(a_gpt(), Mesh(gpus, 2, 2, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    placed = model.place(x, y, microbatches=2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        parts = model.forward_backward(placed)
+        optimizer.step()
+        assert step() == pytest.approx(sum(part.item() for part in parts), abs=1e-14)
