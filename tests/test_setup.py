@@ -82,7 +82,9 @@ def test_no_file_names_a_build_of_torch():
     for name in filter(None, listed.stdout.decode().split("\0")):
         path = ROOT / name
         if path.is_file():  # and not deleted since
-            found = A_BUILD_OF_TORCH.search(path.read_bytes().decode(errors="replace"))
+            text = path.read_bytes().decode(errors="replace")
+            without_pixels = re.sub(r'"image/png": "[^"]*"', "", text)  # where any letters may be
+            found = A_BUILD_OF_TORCH.search(without_pixels)
             assert not found, f"{name}: {found[0]}"
 
 
