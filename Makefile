@@ -18,7 +18,7 @@ PYTEST := $(PY) -m pytest
 # A timeout always: without one, nbval waits for ever for a kernel that died.
 # loadfile: the cells of one notebook share a kernel, so they stay on one worker.
 UNIT := -n 2
-NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 -n 2 --dist loadfile
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=600 -n 2 --dist loadfile
 
 LINT := $(PY) -m ruff check . && $(VENV)/$(SCRIPTS)/lint-imports
 
