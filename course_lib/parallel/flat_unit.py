@@ -82,10 +82,12 @@ class FlatUnit:
         names = [name for name, _ in self.layers.named_parameters()]
         views = [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
+        # Detached: an output that is kept with its graph would keep itself alive, if backward never
+        # comes.
         def keep(tensor: Tensor) -> Tensor | tuple:
             # A transposed weight is a view of the row too: size and stride say which.
             place = tensor.size(), tensor.stride(), tensor.storage_offset()
-            return place if tensor._base is row else tensor
+            return place if tensor._base is row else tensor.detach()
 
         def find(kept: Tensor | tuple) -> Tensor:
             # Detached: what backward computes with the weight needs no graph of its own.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from course_lib import devices
 from course_lib.exercises import lesson_06
 from course_lib.parallel.collectives import all_gather
 from exercise_answers import Answers
@@ -172,7 +173,8 @@ def a_transpose_and_a_chunk(weight, heads, count):
 
 @HEADS.right
 def parts_that_are_on_a_gpu_already(weight, heads, count):
-    return [part.to("vgpu:0") for part in a_transpose_and_a_chunk(weight, heads, count)]
+    (gpu,) = devices(1)
+    return [part.to(gpu) for part in a_transpose_and_a_chunk(weight, heads, count)]
 
 
 @HEADS.wrong("GPU 0 of 2", "one piece of the rows as they stand", "queries, keys and values each")
