@@ -31,6 +31,7 @@ from course_lib.virtual.adapters import (
     modules,
     processes,
     recurrent,
+    recurrent_layers,
     transformer,
 )
 from course_lib.virtual.adapters.device_module import DeviceModule
@@ -101,6 +102,7 @@ def register() -> list[torch.library.Library]:
     _register_operators(library)
     attention.register(library)
     recurrent.register(library)
+    recurrent_layers.register(library)
     # torch.tensor(..., device="vgpu:1") copies with the Python dispatcher switched off.
     library.impl("_copy_from", _copy_from, "PrivateUse1")
     # torch.tensor([loss, other_loss]) reads numbers in the same way, torch.tensor(storage) bytes.
