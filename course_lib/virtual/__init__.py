@@ -18,6 +18,7 @@ How it works, in the order to read it:
 * ``tensor``   the tensor: numbers inside, a device's rules around them;
 * ``execution``  unwrap, check, run on the backing device, account, wrap;
 * ``special_operators``  copies, reads, dropout and others that do more than compute;
+* ``random_states``  a generator whose state is CUDA's, a seed and an offset;
 * ``generators``  each device's random numbers;
 * ``backend``  what tells PyTorch that all this is a device;
 * ``adapters`` one file for each part of PyTorch that takes for granted what devices there are:
@@ -43,7 +44,7 @@ What differs from CUDA in use:
 * the current stream of a device is the same for all threads;
 * ``torch.Stream`` and ``torch.Event`` do nothing here: use ``torch.vgpu.Stream`` and ``Event``, or
   ``course_lib.stream`` and ``event``;
-* ``torch.vgpu.get_rng_state`` is not CUDA's seed and offset but the state of a CPU's generator;
+* random numbers are the CPU's, so an offset counts other steps than CUDA's (see ``random_states``);
 * what the host reads or overwrites while a copy is on its way is reported where a function of
   PyTorch does it, on the thread that copied; NumPy and other threads are not seen;
 * pageable host memory, and every blocking copy, makes the host wait until the copy is done; CUDA

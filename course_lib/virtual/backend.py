@@ -173,11 +173,12 @@ def _never_called(*args: Any, **kwargs: Any) -> Any:
 def _create(func: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     """Run a factory where the numbers are, and put what it made on the device."""
     index = index_of(kwargs["device"])
-    if kwargs.get("generator") is not None:
-        check_generator(kwargs["generator"])
+    generator = kwargs.get("generator")
+    if generator is not None:
+        check_generator(generator)
     operator = Operator.of(func)
     check_factory(operator, args, kwargs, index)
-    with device_generator(index) if operator.is_random else nullcontext():
+    with device_generator(index) if operator.is_random and generator is None else nullcontext():
         try:
             out = operator.run(*args, **{**kwargs, "device": machine.backing})
         except RuntimeError as error:

@@ -60,7 +60,7 @@ def execute(operator: Operator, args: tuple, kwargs: dict) -> Any:
         inner_tensors = [tensor.inner for tensor in tensors]
         check_output(operator, inner_args, inner_kwargs, index, inner_tensors)
     try:
-        if operator.is_random:
+        if operator.is_random and inner_kwargs.get("generator") is None:
             with device_generator(index):
                 out = operator.run(*inner_args, **inner_kwargs)
         else:

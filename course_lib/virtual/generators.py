@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakValueDictionary
 
 import torch
 
 from course_lib.virtual.machine import DEVICE_TYPE, machine
+from course_lib.virtual.random_states import made_for_devices
 
 
 @contextmanager
@@ -21,19 +21,15 @@ def device_generator(index: int) -> Iterator[None]:
     own, standard = machine.generators[index], machine.standard_generator()
     with _standard_generator_in_use:
         saved = standard.get_state()
-        standard.set_state(own.get_state())
+        standard.set_state(own.full_state())
         try:
             yield
         finally:
-            own.set_state(standard.get_state())
+            own.set_full_state(standard.get_state())
             standard.set_state(saved)
 
 
 _standard_generator_in_use = threading.RLock()  # all threads share the standard generator
-
-
-# Those that torch.Generator(device="vgpu:1") made, by the address of what C++ hands on of them.
-made_for_devices: WeakValueDictionary[int, torch.Generator] = WeakValueDictionary()
 
 
 def check_generator(generator: torch.Generator) -> None:

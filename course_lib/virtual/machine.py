@@ -11,6 +11,7 @@ import torch
 
 from course_lib.virtual.clock import Clock
 from course_lib.virtual.memory import Memory
+from course_lib.virtual.random_states import DeviceGenerator
 from course_lib.virtual.spec import CLASSROOM, DEVICE_TYPE, Spec
 
 MAX_DEVICES = 128  # PyTorch keeps a device's index in 8 bits, and -1 means none
@@ -33,7 +34,7 @@ class State:
         self.number = next(_numbers)
         self.backing = torch.device(backing)
         self.memories: list[Memory] = []
-        self.generators: list[torch.Generator] = []
+        self.generators: list[DeviceGenerator] = []
         self.clock = Clock(spec, 0)
         self.set_up(spec, device_count)
 
@@ -45,7 +46,8 @@ class State:
         for index in range(len(self.memories), device_count):
             self.memories.append(Memory(f"{DEVICE_TYPE}:{index}", spec.memory, self.number))
             # As if torch.manual_seed had been called after this device came to be.
-            self.generators.append(torch.Generator().manual_seed(torch.initial_seed()))
+            generator = DeviceGenerator(torch.device(DEVICE_TYPE, index), self.backing)
+            self.generators.append(generator.manual_seed(torch.initial_seed()))
         for memory in self.memories:
             memory.capacity = spec.memory
             memory.reset_peak()

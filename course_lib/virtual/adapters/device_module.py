@@ -179,6 +179,10 @@ class DeviceModule:
     def get_device_name(self, device: Any = None) -> str:
         return f"virtual {machine.spec.name} {_index(device)}"
 
+    @property
+    def default_generators(self) -> tuple[torch.Generator, ...]:
+        return tuple(machine.generators[: machine.device_count])
+
     def manual_seed(self, seed: int) -> None:
         machine.generators[machine.clock.current_device].manual_seed(seed)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from course_lib.virtual.generators import made_for_devices
 from course_lib.virtual.machine import DEVICE_TYPE, machine
+from course_lib.virtual.random_states import DeviceGenerator
 from course_lib.virtual.tensor import device_of, index_of
 
 _InCpp = torch._C.Generator
@@ -29,19 +29,7 @@ class Generator(_InCpp, metaclass=_Kind):
         device = torch.device(device)
         if device.type != DEVICE_TYPE:
             return _InCpp(device)
-        index = index_of(device)
-        on_host = machine.backing.type == "meta"
-        self = super().__new__(cls, "cpu" if on_host else machine.backing)
-        self._virtual_device = device_of(index)
-        made_for_devices[self._cdata] = self
-        return self
-
-    def __init__(self, device: Any = "cpu") -> None:
-        pass  # all is done
-
-    @property
-    def device(self) -> torch.device:
-        return self._virtual_device
+        return DeviceGenerator(device_of(index_of(device)), machine.backing)
 
 
 def prepare() -> None:

@@ -97,7 +97,7 @@ class _Call:
         tensors = [args[0], *(state if many else [state]), *weights]
         index = next(tensor.index for tensor in tensors if isinstance(tensor, VirtualTensor))
         dropout, train = settings[2:4]
-        kept = machine.generators[index].get_state() if dropout > 0 and train else None
+        kept = machine.generators[index].full_state() if dropout > 0 and train else None
         states = len(state) if many else None
         return cls(func, list(sizes), states, tuple(settings), index, kept), tensors
 
@@ -124,12 +124,12 @@ class _Call:
         if self.generator_state is None:
             return self.run(inner)
         generator = machine.generators[self.index]
-        now = generator.get_state()
-        generator.set_state(self.generator_state)
+        now = generator.full_state()
+        generator.set_full_state(self.generator_state)
         try:
             return self.run(inner)
         finally:
-            generator.set_state(now)
+            generator.set_full_state(now)
 
     def reserve(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         """Memory as large as what backward needs: per step and layer gates, state and output."""
