@@ -1,4 +1,4 @@
-"""A lesson in a real browser: run it, move a slider, answer an exercise, save.
+"""A lesson in a real browser: run it, move a slider, answer an exercise, save, reopen.
 
 Run with ``make browser``: it needs playwright and a Chromium, which ``make test`` does not.
 """
@@ -58,20 +58,26 @@ def server() -> Iterator[str]:
 
 
 @pytest.fixture
-def page(server: str) -> Iterator[sync_api.Page]:
+def browser() -> Iterator[sync_api.Browser]:
     with sync_api.sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.set_default_timeout(MINUTES)
-        open_lesson(page, server)
-        yield page
+        yield browser
         browser.close()
 
 
-def open_lesson(page: sync_api.Page, server: str) -> None:
+@pytest.fixture
+def page(browser: sync_api.Browser, server: str) -> sync_api.Page:
+    return open_lesson(browser, server)
+
+
+def open_lesson(browser: sync_api.Browser, server: str) -> sync_api.Page:
+    """The lesson in a window of its own, as on another day: nothing is remembered."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(MINUTES)
     page.goto(f"{server}/lab/tree/{LESSON.relative_to(lab.ROOT).as_posix()}?reset")
     page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+    return page
 
 
 def cell(page: sync_api.Page, cell_id: str) -> sync_api.Locator:
@@ -93,8 +99,17 @@ def saved(page: sync_api.Page) -> dict[str, nbformat.NotebookNode]:
     return {each["id"]: each for each in nbformat.read(LESSON, 4).cells}
 
 
-def test_a_lesson_runs_its_slider_moves_an_answer_is_judged_and_all_is_saved(
-    page: sync_api.Page,
+def answer(page: sync_api.Page, cell_id: str, source: str) -> None:
+    """Type an answer in place of what stands in a cell, then run it and the check below."""
+    cell(page, cell_id).locator(".cm-content").click()
+    page.keyboard.press("Control+a")
+    page.keyboard.insert_text(source)
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.press("Shift+Enter")
+
+
+def test_a_lesson_runs_its_slider_moves_answers_are_judged_and_all_is_there_when_reopened(
+    browser: sync_api.Browser, page: sync_api.Page, server: str
 ) -> None:
     page.get_by_role("button", name="Restart the kernel and run all cells").click()
     page.locator(".jp-Dialog .jp-mod-accept").click()
@@ -106,11 +121,9 @@ def test_a_lesson_runs_its_slider_moves_an_answer_is_judged_and_all_is_saved(
     explorer.locator(".noUi-handle").first.press("ArrowRight")
     explorer.locator("img[alt*='side of the matrices: 512']").wait_for()
 
-    cell(page, "ex-fits").locator(".cm-content").click()
-    page.keyboard.press("Control+a")
-    page.keyboard.insert_text(ANSWER)
-    page.keyboard.press("Shift+Enter")
-    page.keyboard.press("Shift+Enter")
+    answer(page, "ex-fits", ANSWER.replace("free_bytes // 4", "free_bytes // 8"))
+    cell(page, "check-fits").get_by_text("there is room for a larger one").wait_for()
+    answer(page, "ex-fits", ANSWER)
     cell(page, "check-fits").get_by_text("it fits, and nothing larger would").wait_for()
 
     cells = saved(page)
@@ -119,6 +132,15 @@ def test_a_lesson_runs_its_slider_moves_an_answer_is_judged_and_all_is_saved(
     assert cells["ex-fits"].source == ANSWER
     assert not [out for each in cells.values() for out in each.get("outputs", [])
                 if out.output_type == "error"]  # fmt: skip
+    page.close()
+
+    page = open_lesson(browser, server)
+    picture = cell(page, "explorer").locator("img")
+    picture.wait_for()
+    assert picture.evaluate("img => img.naturalWidth") > 0
+    assert cell(page, "explorer").get_by_text("model not found").count() == 0
+    cell(page, "ex-fits").get_by_text("math.isqrt(free_bytes // 4)").wait_for()
+    cell(page, "check-fits").get_by_text("it fits, and nothing larger would").wait_for()
 
 
 def test_every_picture_of_the_page_is_found(page: sync_api.Page) -> None:
