@@ -12,6 +12,7 @@ from course_lib.hardware import (
     is_virtual,
     memory_capacity,
     memory_in_use,
+    node_of,
     peak_memory,
     reset_peak_memory,
     stream,
@@ -20,14 +21,21 @@ from course_lib.hardware import (
 from course_lib.timeline import Trace, region, trace
 from course_lib.virtual.hazards import StreamHazard
 from course_lib.virtual.memory import format_bytes
-from course_lib.virtual.spec import A100, CLASSROOM, H100, H200, LAPTOP, Spec
+from course_lib.virtual.network import ETHERNET, INFINIBAND_HDR, INFINIBAND_NDR, Network
+from course_lib.virtual.spec import A100, A100_PCIE, CLASSROOM, GB200, H100, H200, LAPTOP, Spec
 
 __all__ = [
     "A100",
+    "A100_PCIE",
     "CLASSROOM",
+    "ETHERNET",
+    "GB200",
     "H100",
     "H200",
+    "INFINIBAND_HDR",
+    "INFINIBAND_NDR",
     "LAPTOP",
+    "Network",
     "Spec",
     "StreamHazard",
     "Trace",
@@ -39,6 +47,7 @@ __all__ = [
     "is_virtual",
     "memory_capacity",
     "memory_in_use",
+    "node_of",
     "peak_memory",
     "region",
     "reset_peak_memory",

@@ -28,7 +28,9 @@ ENVIRONMENT_VARIABLE = "COURSE_DEVICES"
 real_devices: list[torch.device] = []
 
 
-def devices(count: int, spec: Spec | None = None, backing: str | None = None) -> list[torch.device]:
+def devices(
+    count: int, spec: Spec | None = None, backing: str | None = None, nodes: int = 1
+) -> list[torch.device]:
     """Get ``count`` GPUs: real ones if the machine has that many, otherwise virtual ones.
 
     The environment variable ``COURSE_DEVICES`` set to ``virtual`` or ``cuda`` forces either.
@@ -41,9 +43,11 @@ def devices(count: int, spec: Spec | None = None, backing: str | None = None) ->
         backing: asks for virtual GPUs, and says where their numbers are: ``"cpu"`` (what they
             have if nothing is said), ``"meta"`` (nowhere: shapes, memory and time alone, for
             models of any size) or ``"cuda:0"`` (on a real GPU, which they share).
+        nodes: asks for virtual GPUs if it is above 1, and says in how many machines they stand:
+            the first ones in node 0, as many in node 1, and so on. ``spec.network`` joins them.
 
     Raises:
-        ValueError: ``count`` is not a whole number from 1 to 128.
+        ValueError: ``count`` is not a whole number from 1 to 128, or no multiple of ``nodes``.
         RuntimeError: ``COURSE_DEVICES=cuda`` on a machine with fewer GPUs than that, or a
             ``backing`` that this machine does not have.
     """
@@ -56,7 +60,7 @@ def devices(count: int, spec: Spec | None = None, backing: str | None = None) ->
     real_count = torch.cuda.device_count()
     tracebacks.install()
     real_devices.clear()
-    if backing is None and _wants_real(count, real_count):
+    if backing is None and nodes == 1 and _wants_real(count, real_count):
         machine.configure(CLASSROOM, 0)
         name = torch.cuda.get_device_name(0)
         print(
@@ -72,20 +76,21 @@ def devices(count: int, spec: Spec | None = None, backing: str | None = None) ->
     backing = backing or "cpu"
     _check_backing(backing, real_count)
     backend.register()
-    machine.configure(spec, count, backing)
+    machine.configure(spec, count, backing, nodes)
     numbers = {"cpu": "", "meta": " They hold no numbers."}.get(
         backing, f" Their numbers are on {backing}."
     )
+    places = f" in {nodes} nodes, joined by {spec.network.name}" if nodes > 1 else ""
     print(
-        f"{_plural(count, 'virtual GPU')}: {_range(DEVICE_TYPE, count)}, each like an {spec.name} "
-        f"with {format_bytes(spec.memory)} of memory. Times are simulated.{numbers}"
+        f"{_plural(count, 'virtual GPU')}{places}: {_range(DEVICE_TYPE, count)}, each like an "
+        f"{spec.name} with {format_bytes(spec.memory)} of memory. Times are simulated.{numbers}"
     )
     return [torch.device(DEVICE_TYPE, index) for index in range(count)]
 
 
 @contextmanager
 def fresh_devices(
-    count: int, spec: Spec | None = None, backing: str = "cpu"
+    count: int, spec: Spec | None = None, backing: str = "cpu", nodes: int = 1
 ) -> Iterator[list[torch.device]]:
     """Virtual devices for a measurement that must not disturb the program's own.
 
@@ -97,7 +102,8 @@ def fresh_devices(
     from course_lib.virtual import backend
 
     backend.register()
-    with torch.random.fork_rng(devices=[]), machine.replaced(spec or CLASSROOM, count, backing):
+    other = machine.replaced(spec or CLASSROOM, count, backing, nodes)
+    with torch.random.fork_rng(devices=[]), other:
         yield [torch.device(DEVICE_TYPE, index) for index in range(count)]
 
 
@@ -161,6 +167,12 @@ def _existing(device: torch.device | str) -> torch.device:
             f"{device} does not exist: this machine has {count} real GPU{'' if count == 1 else 's'}"
         )
     return torch.device("cuda", index)
+
+
+def node_of(device: torch.device | str) -> int:
+    """The node that ``device`` stands in, from 0. Real GPUs are those of one machine: 0."""
+    gpu = _existing(device)
+    return machine.clock.nodes.node_of(gpu.index) if is_virtual(gpu) else 0
 
 
 def holds_numbers(device: torch.device) -> bool:

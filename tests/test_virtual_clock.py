@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import course_lib
 from course_lib.spans import Span
 from course_lib.virtual.clock import Clock
+from course_lib.virtual.network import Nodes
 from round_numbers import LATENCY, LAUNCH, SPEC, seconds, spans_of
 
 Devices = list[torch.device]
@@ -324,7 +325,7 @@ def test_a_saturated_pipeline_takes_m_and_p_minus_1_steps(vgpus: Devices, microb
 
 
 def test_the_clock_by_itself():
-    clock = Clock(SPEC, 2)
+    clock = Clock(SPEC, 2, Nodes.of(2, 1, SPEC.network))
     clock.compute("mm", 0, flops=1e9, nbytes=8, peak=1e9)
     assert clock.host == seconds(LAUNCH)
     assert [stream.free_at for stream in clock.current] == [seconds(LAUNCH + 1), 0]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from course_lib import A100, H100, H200, Spec
+from course_lib import A100, GB200, H100, H200, Spec
 
 FP8 = torch.float8_e4m3fn
 _READ_ML_ENGINEERING = "stas00/ml-engineering@744d01e, compute/accelerator and network READMEs"
@@ -53,7 +53,7 @@ GPUS: dict[str, Spec] = {
     "H100-96GB": _HOPPER.with_(name="H100-96GB", memory=96e9, memory_bandwidth=2.4e12),
     "H200": H200.with_(name="H200", flops=_FP8_HOPPER),
     "B200": _blackwell("B200", 2250e12, 180e9),
-    "GB200": _blackwell("GB200", 2500e12, 186e9),
+    "GB200": GB200.with_(name="GB200", flops={**GB200.flops, FP8: 5000e12}),
     "GB300": _blackwell("GB300", 2500e12, 288e9),
 }
 

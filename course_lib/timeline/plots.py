@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -75,6 +75,59 @@ def _bars(trace: Trace) -> dict[tuple[tuple[int, str], str], tuple[np.ndarray, n
                 if device is not None:
                     times[(device, lane), "copy"] += (span.start, span.end)
     return {key: np.array(pairs).reshape(-1, 2).T for key, pairs in times.items()}
+
+
+def plot_links(trace: Trace, ax: Axes | None = None, title: str = "") -> Axes:
+    """What :meth:`Trace.plot_links` does."""
+    with style.look():
+        return _plot_links(trace, ax, title)
+
+
+def _plot_links(trace: Trace, ax: Axes | None, title: str) -> Axes:
+    busy = _link_ends(trace)
+    rows = sorted(busy, key=lambda end: (end.is_card, end.number, end.receives))
+    ax = ax or style.figure(height=1.6 + 0.26 * max(1, len(rows)))[1]
+    unit, scale = _unit(trace.seconds)
+    for place, end in enumerate(rows):
+        starts, ends = _merge(*np.array(busy[end]).T, gap=trace.seconds / 4000)
+        color = style.RED if end.is_card else style.ORANGE
+        stretches = np.column_stack([starts, ends - starts]) * scale
+        ax.broken_barh(stretches, (place - 0.36, 0.72), facecolor=color)
+    ax.set_yticks(range(len(rows)), [_link_end_name(trace, end) for end in rows])
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.set_xlim(0, max(trace.seconds * scale, 1e-12))
+    ax.set_xlabel(unit)
+    ax.set_title(f"{title or 'Links'} ({trace.provenance})")
+    return ax
+
+
+class _LinkEnd(NamedTuple):
+    """One end of a link: a GPU's own, or a network card (counted over all nodes)."""
+
+    is_card: bool
+    number: int
+    receives: bool
+
+
+def _link_ends(trace: Trace) -> dict[_LinkEnd, list[tuple[float, float]]]:
+    """When each end of a link between GPUs was busy."""
+    busy: dict[_LinkEnd, list[tuple[float, float]]] = defaultdict(list)
+    for span in trace.spans:
+        if span.route is None or None in span.route:
+            continue
+        crosses = trace.link_of(span) == "network"
+        for device, receives in zip(span.route, (False, True), strict=True):
+            number = trace.nodes.card_of(device) if crosses else device
+            busy[_LinkEnd(crosses, number, receives)].append((span.start, span.end))
+    return busy
+
+
+def _link_end_name(trace: Trace, end: _LinkEnd) -> str:
+    does = "receives" if end.receives else "sends"
+    if not end.is_card:
+        return f"{trace.name_of(end.number)} {does}"
+    node, card = divmod(end.number, trace.nodes.cards)
+    return f"node {node} card {card} {does}"
 
 
 def _row_name(trace: Trace, index: int, lane: str) -> str:

@@ -53,7 +53,7 @@ def region(name: str) -> Iterator[None]:
 @contextmanager
 def _trace_virtual(strict: bool) -> Iterator[Trace]:
     clock, count = machine.clock, machine.device_count
-    result = Trace(DEVICE_TYPE, count)
+    result = Trace(DEVICE_TYPE, count, nodes=clock.nodes)
     began = clock.host
 
     def add_hazard(hazard: Hazard) -> None:

@@ -14,11 +14,13 @@ import torch
 from course_lib.spans import Span
 from course_lib.virtual.hazards import Hazard
 from course_lib.virtual.machine import DEVICE_TYPE
+from course_lib.virtual.network import Nodes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 KINDS = ("matmul", "other", "copy")
+LINKS = ("within a node", "network", "host")  # what a copy can cross
 
 
 class MemoryHistory:
@@ -57,6 +59,7 @@ class Trace:
         peak_memory: for each device, the most bytes in use.
         hazards: the waits between streams that the program lacks (virtual GPUs only).
         seconds: from the start until every device had finished.
+        nodes: which device is in which node; ``None`` if all are in one (as on real GPUs).
     """
 
     device_type: str
@@ -66,6 +69,7 @@ class Trace:
     peak_memory: list[int] = field(default_factory=list)
     seconds: float = 0.0
     hazards: list[Hazard] = field(default_factory=list)
+    nodes: Nodes | None = None
 
     @property
     def simulated(self) -> bool:
@@ -81,6 +85,29 @@ class Trace:
                 source, destination = span.route
                 total[self.name_of(source), self.name_of(destination)] += span.bytes
         return dict(total)
+
+    def link_of(self, span: Span) -> str:
+        """What a copy crossed: ``"within a node"``, ``"network"`` or ``"host"``.
+
+        Raises:
+            ValueError: ``span`` is no copy.
+        """
+        if span.route is None:
+            raise ValueError(f"{span.name} crossed no link: it is no copy")
+        source, destination = span.route
+        if source is None or destination is None:
+            return "host"
+        joined = self.nodes is not None and self.nodes.network_joins(source, destination)
+        return "network" if joined else "within a node"
+
+    @property
+    def bytes_by_link(self) -> dict[str, int]:
+        """Bytes that crossed each kind of link: ``"within a node"``, ``"network"``, ``"host"``."""
+        total = dict.fromkeys(LINKS, 0)
+        for span in self.spans:
+            if span.route is not None:
+                total[self.link_of(span)] += span.bytes
+        return total
 
     @property
     def bytes_between_devices(self) -> int:
@@ -128,6 +155,16 @@ class Trace:
         from course_lib.timeline import plots  # here, so that recording loads no matplotlib
 
         return plots.plot_timeline(self, ax, title)
+
+    def plot_links(self, ax: Axes | None = None, title: str = "") -> Axes:
+        """Draw one row for each end of a link that was used, and when it sent or received.
+
+        A GPU's own link and a node's network card are different rows, so a card that several GPUs
+        share shows how they take turns.
+        """
+        from course_lib.timeline import plots
+
+        return plots.plot_links(self, ax, title)
 
     def plot_memory(self, ax: Axes | None = None, title: str = "") -> Axes:
         """Draw the bytes in use on each device, as the device goes through its work.

@@ -2,6 +2,7 @@
 
 How it works, in the order to read it:
 
+* ``network``  what joins machines: network cards, and which GPU uses which;
 * ``spec``     what a GPU can do: speeds and sizes, as data;
 * ``tasks``    operations whose times are not known yet, and the order in which they get them;
 * ``streams``  queues of work, events, and what waits for what;
@@ -29,11 +30,12 @@ The numbers are those of an ordinary tensor inside each virtual one. It is on th
 (``"meta"``).
 
 What is modelled: streams and events; a GPU's cores, which take one operation at a time, and the two
-directions of its links, which work beside them; the host that fills the queues; reads that make the
+directions of its links, which work beside them; network cards, which a node's GPUs share in the
+order in which their copies are ready; the host that fills the queues; reads that make the
 host wait; a roofline time for each operator; memory counted once for each piece of storage.
 
 What is not: caches, kernels that reach less than the peak, two kernels that share the cores,
-contention between links, the rounding of allocations and the fragmentation of memory, CUDA graphs,
+contention inside NVLink or in a switch, the rounding of allocations and the fragmentation of memory, CUDA graphs,
 ``torch.compile``, sparse and quantized tensors, and the order in which a real GPU adds numbers up:
 results here are the CPU's, bit for bit.
 

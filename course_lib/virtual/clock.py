@@ -4,7 +4,8 @@ The host enqueues an operation on a stream and goes on. The operation is ready w
 enqueued it and everything before it on its stream is done. It starts when the part of the GPU that
 it needs is free. A GPU has one set of cores, which the operations of all its streams take in turns,
 and for each link a part that sends and a part that receives, which work beside the cores and each
-other. What is ready first goes first.
+other. So has a network card, which a copy to another node takes in its turn. What is ready first
+goes first.
 
 A copy between two devices takes its place on the current stream of both, as PyTorch's does: it
 waits for both, and both go on after it. Only a read of a value, or ``synchronize``, makes the
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 from course_lib.spans import Span
+from course_lib.virtual.network import Nodes
 from course_lib.virtual.spec import Spec
 from course_lib.virtual.streams import STREAMS_A_DEVICE, Stream, Ticket, remember
 from course_lib.virtual.tasks import Engine, Task, Tasks
@@ -40,6 +42,7 @@ class Clock:
 
     Attributes:
         host: what the host's clock says.
+        nodes: which device is in which node.
         streams: for each device its streams, the default one first.
         current: for each device the stream that work is enqueued on.
         current_device: index of the device that this thread means when it names none.
@@ -52,8 +55,9 @@ class Clock:
         after_host_waited: what is to be done each time (see ``host_copies``).
     """
 
-    def __init__(self, spec: Spec, device_count: int) -> None:
+    def __init__(self, spec: Spec, device_count: int, nodes: Nodes) -> None:
         self.spec = spec
+        self.nodes = nodes
         self.host = 0.0
         self.streams = [[Stream(self, index, "")] for index in range(device_count)]
         self.current = [streams[0] for streams in self.streams]
@@ -73,6 +77,9 @@ class Clock:
         self._receivers = [Engine() for _ in range(device_count)]
         self._to_host = [Engine() for _ in range(device_count)]
         self._from_host = [Engine() for _ in range(device_count)]
+        cards = nodes.count * nodes.cards
+        self._card_senders = [Engine() for _ in range(cards)]
+        self._card_receivers = [Engine() for _ in range(cards)]
 
     @property
     def current_device(self) -> int:
@@ -122,9 +129,14 @@ class Clock:
         spec = self.spec
         ends = [device for device in (source, destination) if device is not None]
         streams = [self.current[device] for device in ends]
-        if len(ends) == 2:
+        latency = spec.latency
+        if len(ends) == 2 and self.nodes.network_joins(*ends):
+            bandwidth, latency = spec.network.bandwidth, spec.network.latency
+            cards = [self.nodes.card_of(device) for device in ends]
+            engines = [self._card_senders[cards[0]], self._card_receivers[cards[1]]]
+        elif len(ends) == 2:
             bandwidth = spec.link_bandwidth
-            engines = [self._senders[source], self._receivers[destination]]
+            engines = [self._senders[ends[0]], self._receivers[ends[1]]]
         else:
             bandwidth = spec.host_bandwidth
             engines = [self._from_host[ends[0]] if source is None else self._to_host[ends[0]]]
@@ -134,7 +146,7 @@ class Clock:
         names = tuple([stream.name for stream in streams])
         route = (source, destination)
         spans = self._tell("copy", ends[0], 0.0, 0.0, 0, nbytes, route, self.region, names)
-        task = self._enqueue(spec.latency + nbytes / bandwidth, engines, streams, spans)
+        task = self._enqueue(latency + nbytes / bandwidth, engines, streams, spans)
         if not self.has_side_streams:
             self.tasks.settle(task)
             for stream in streams:

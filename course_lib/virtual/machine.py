@@ -11,6 +11,7 @@ import torch
 
 from course_lib.virtual.clock import Clock
 from course_lib.virtual.memory import Memory
+from course_lib.virtual.network import Nodes
 from course_lib.virtual.random_states import DeviceGenerator
 from course_lib.virtual.spec import CLASSROOM, DEVICE_TYPE, Spec
 
@@ -30,17 +31,20 @@ class State:
         clock: the time, the streams, and who listens.
     """
 
-    def __init__(self, spec: Spec, device_count: int, backing: str = "cpu") -> None:
+    def __init__(
+        self, spec: Spec, device_count: int, backing: str = "cpu", nodes: int = 1
+    ) -> None:
         self.number = next(_numbers)
         self.backing = torch.device(backing)
         self.memories: list[Memory] = []
         self.generators: list[DeviceGenerator] = []
-        self.clock = Clock(spec, 0)
-        self.set_up(spec, device_count)
+        self.clock = Clock(spec, 0, Nodes.of(0, 1, spec.network))
+        self.set_up(spec, device_count, nodes)
 
-    def set_up(self, spec: Spec, device_count: int) -> None:
-        """Have ``device_count`` GPUs of kind ``spec``, a clock at zero and no peak but what is
-        in use. Tensors that live on a device stay there and keep their bytes."""
+    def set_up(self, spec: Spec, device_count: int, nodes: int) -> None:
+        """Have ``device_count`` GPUs of kind ``spec`` in so many nodes, a clock at zero and no peak
+        but what is in use. Tensors that live on a device stay there and keep their bytes."""
+        joined = Nodes.of(device_count, nodes, spec.network)
         self.spec = spec
         self.device_count = device_count
         for index in range(len(self.memories), device_count):
@@ -52,7 +56,7 @@ class State:
             memory.capacity = spec.memory
             memory.reset_peak()
         self.clock.end()
-        self.clock = Clock(spec, len(self.memories))
+        self.clock = Clock(spec, len(self.memories), joined)
 
 
 _numbers = count()
@@ -64,7 +68,9 @@ class Machine(State):
     def __init__(self) -> None:
         super().__init__(CLASSROOM, 0)
 
-    def configure(self, spec: Spec, device_count: int, backing: str = "cpu") -> None:
+    def configure(
+        self, spec: Spec, device_count: int, backing: str = "cpu", nodes: int = 1
+    ) -> None:
         """Put ``device_count`` GPUs of kind ``spec`` into the machine, and set its clock to zero.
 
         Tensors that live on a device stay there and keep their bytes. If the numbers are to be
@@ -73,20 +79,26 @@ class Machine(State):
         Args:
             backing: where the numbers are: ``"cpu"``, ``"cuda:0"`` (on a real GPU) or ``"meta"``
                 (there are none: shapes, memory and time alone).
+            nodes: how many machines the GPUs stand in.
+
+        Raises:
+            ValueError: they do not divide among the nodes.
         """
         if torch.device(backing) == self.backing:
-            self.set_up(spec, device_count)
+            self.set_up(spec, device_count, nodes)
         else:
-            self._swap(vars(State(spec, device_count, backing)))
+            self._swap(vars(State(spec, device_count, backing, nodes)))
 
     @contextmanager
-    def replaced(self, spec: Spec, device_count: int, backing: str = "cpu") -> Iterator[None]:
+    def replaced(
+        self, spec: Spec, device_count: int, backing: str = "cpu", nodes: int = 1
+    ) -> Iterator[None]:
         """Put other GPUs in the machine for a while, with empty memories and a clock at zero.
 
         Afterwards everything is as it was. Tensors, streams and events made on either side are
         refused on the other.
         """
-        before = self._swap(vars(State(spec, device_count, backing)))
+        before = self._swap(vars(State(spec, device_count, backing, nodes)))
         try:
             yield
         finally:

@@ -16,6 +16,8 @@ from numbers import Real
 
 import torch
 
+from course_lib.virtual.network import INFINIBAND_HDR, INFINIBAND_NDR, Network
+
 DEVICE_TYPE = "vgpu"  # "vgpu:1" is to a virtual GPU what "cuda:1" is to a real one
 
 
@@ -33,6 +35,7 @@ class Spec:
         host_bandwidth: bytes a second to or from the host, in one direction.
         latency: seconds from the start of a copy until its first byte arrives.
         launch_overhead: seconds the host needs to enqueue one operation.
+        network: what joins its node to others, where there are some.
         source: where the numbers come from.
 
     Raises:
@@ -49,6 +52,7 @@ class Spec:
     source: str
     latency: float = 2.5e-6
     launch_overhead: float = 5e-6
+    network: Network = INFINIBAND_HDR
 
     def __post_init__(self) -> None:
         if not isinstance(self.flops, Mapping) or torch.float32 not in self.flops:
@@ -79,6 +83,7 @@ class Spec:
             memory_bandwidth=self.memory_bandwidth / factor,
             link_bandwidth=self.link_bandwidth / factor,
             host_bandwidth=self.host_bandwidth / factor,
+            network=self.network / factor,
         )
 
     def with_(self, **changes: object) -> Spec:
@@ -140,6 +145,7 @@ H100 = Spec(
     memory_bandwidth=3.35e12,
     link_bandwidth=450e9,
     host_bandwidth=64e9,
+    network=INFINIBAND_NDR,
     source="NVIDIA H100 Tensor Core GPU data sheet, column H100 SXM: FP64 Tensor Core 67, FP32 67, "
     "BFLOAT16 and FP16 Tensor Core 1,979 teraFLOPS with sparsity, half of it without; 80GB at "
     "3.35TB/s; NVLink 900GB/s, PCIe Gen5 128GB/s",
@@ -152,6 +158,33 @@ H200 = replace(
     memory_bandwidth=4.8e12,
     source="NVIDIA H200 Tensor Core GPU data sheet, column H200 SXM: an H100 SXM with 141GB at "
     "4.8TB/s",
+)
+
+GB200 = Spec(
+    name="GB200",
+    flops={
+        torch.float64: 40e12,
+        torch.float32: 80e12,
+        torch.bfloat16: 2500e12,
+        torch.float16: 2500e12,
+    },
+    memory=186e9,
+    memory_bandwidth=8e12,
+    link_bandwidth=900e9,
+    host_bandwidth=450e9,
+    network=INFINIBAND_NDR,
+    source="NVIDIA GB200 NVL72 data sheet, one GPU of 72 that NVLink joins: FP64 40, FP32 80, FP16 "
+    "and BF16 5,000 TFLOPS with sparsity, half of it without; 186GB at 8TB/s; NVLink 1.8TB/s; to "
+    "the Grace CPU 900GB/s, both directions together",
+)
+
+A100_PCIE = replace(
+    A100,
+    name="A100 PCIe",
+    memory_bandwidth=1.935e12,
+    link_bandwidth=32e9,
+    source="NVIDIA A100 Tensor Core GPU data sheet, column A100 80GB PCIe: an A100 with 1,935 "
+    "GB/s, whose link to other GPUs is its PCIe Gen4, 64 GB/s (no NVLink bridge)",
 )
 
 LAPTOP = Spec(
