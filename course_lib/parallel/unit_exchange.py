@@ -51,11 +51,14 @@ class UnitExchange:
     ) -> None:
         self.devices, self.stage, self.prefetch = devices, stage, prefetch
         self.dtype, self.reduce_dtype = dtype, reduce_dtype
-        self._sides = SideStreams(devices)
+        # Two, as FSDP2 has them: the additions of a sum wait for a core that computes, and in one
+        # stream the next unit's parameters would wait behind them.
+        self._gathers, self._sums = SideStreams(devices), SideStreams(devices)
 
     def join(self) -> None:
         """Let what the devices do from now on wait for all exchanges."""
-        self._sides.join()
+        self._gathers.join()
+        self._sums.join()
 
     def cut(self, row: Tensor) -> Sequence[Tensor]:
         """Each device's part of a row; at stage 0 all have all of it."""
@@ -81,9 +84,9 @@ class UnitExchange:
         before the present one is done and has left its memory: at most two are there at a time,
         however far ahead the host is.
         """
-        with self._sides.beside(shards):
+        with self._gathers.beside(shards):
             unit.set_rows(all_gather(shards))
-        unit.arrived = self._sides.record_events()
+        unit.arrived = self._gathers.record_events()
 
     @contextmanager
     def whole(self, unit: FlatUnit, following: FlatUnit | None) -> Iterator[None]:
@@ -103,7 +106,7 @@ class UnitExchange:
     def sum_gradients(self, unit: FlatUnit) -> None:
         """Sum over the devices, and add to ``unit.gradients`` what the stage keeps of it."""
         gradients = [gradient.to(self.reduce_dtype) for gradient in unit.take_gradients()]
-        with self._sides.beside(gradients):
+        with self._sums.beside(gradients):
             if self.stage == 0:
                 ring_all_reduce(gradients)
             else:
