@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -158,6 +159,31 @@ def test_two_devices_compute_at_the_same_time(gpus: Devices):
 
 
 # Copies.
+
+
+def test_what_is_written_alone_is_not_charged_as_read(gpus: Devices):
+    a, b, c = (torch.ones(1000, device=gpus[0]) for _ in range(3))
+
+    def bytes_of(program: Callable[[], object]) -> int:
+        with course_lib.trace() as timeline:
+            program()
+        return sum(span.bytes for span in timeline.spans)
+
+    assert bytes_of(lambda: torch._foreach_zero_([a, b])) == 2 * 4000
+    assert bytes_of(lambda: torch._foreach_copy_([a, b], [c, c])) == 4 * 4000
+    assert bytes_of(lambda: torch.add(a, b, out=c)) == 3 * 4000
+    assert bytes_of(lambda: a.add_(b)) == 3 * 4000
+
+
+def test_a_fused_optimizer_reads_gradients_and_does_not_write_them(gpus: Devices):
+    parameter = torch.nn.Parameter(torch.ones(1000, device=gpus[0]))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    with course_lib.trace() as timeline:
+        optimizer.step()
+    (step,) = [span for span in timeline.spans if span.name == "_fused_adamw_"]
+    # It reads weight, gradient and two moments, and writes weight and moments; and the step count.
+    assert step.bytes == 7 * 4000 + 4
 
 
 def test_a_copy_takes_its_latency_and_its_bytes_over_the_bandwidth(gpus: Devices):

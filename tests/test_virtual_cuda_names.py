@@ -54,6 +54,32 @@ def test_a_stream_records_an_event_that_it_is_given():
     assert event.query()
 
 
+@pytest.mark.parametrize("named", [["vgpu:1"], [1], []])
+def test_the_classes_of_pytorch_make_streams_and_events_of_the_device_named(named: list):
+    with torch.vgpu.device(1 if not named else 0):  # the current one, where none is named
+        stream, event = torch.Stream(*named), torch.Event(*named)
+    assert isinstance(stream, torch.Stream) and isinstance(stream, torch.vgpu.Stream)
+    assert isinstance(event, torch.Event)
+    assert stream.device == torch.device("vgpu:1")
+    with stream:
+        work()
+        event.record(stream)
+    assert not event.query()
+    assert torch.vgpu.default_stream(1).query()  # nothing is there
+    event.synchronize()
+    assert stream.query()
+
+
+def test_an_event_of_a_device_is_recorded_on_the_current_stream_of_that_device():
+    event = torch.Event(device="vgpu:1")
+    work("vgpu:1")
+    event.record()
+    work("vgpu:0")
+    event.synchronize()
+    assert torch.vgpu.current_stream(1).query()
+    assert not torch.vgpu.current_stream(0).query()
+
+
 def test_events_measure_time_if_they_are_made_for_it():
     start, end = (torch.vgpu.Event(enable_timing=True) for _ in range(2))
     with torch.vgpu.device(1):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Callable
 
 import numpy as np
@@ -113,6 +115,79 @@ def test_a_transformer_in_evaluation_takes_a_padding_mask(grad: bool):
         on_gpu = copy.deepcopy(model).to("vgpu:1")
         out = on_gpu(x.to("vgpu:1"), src_key_padding_mask=padding.to("vgpu:1")).cpu()
     assert torch.allclose(out[~padding], expected[~padding], atol=1e-6)
+
+
+RAGGED = {"layout": torch.jagged}
+ON_GPU = {"device": "vgpu:0"}
+NO_DENSE_TENSORS: dict[str, Callable[[], object]] = {
+    "list": lambda: torch.nested.nested_tensor(_rows(), **ON_GPU),
+    "jagged list": lambda: torch.nested.nested_tensor(_rows(), **RAGGED, **ON_GPU),
+    "list of device tensors": lambda: torch.nested.as_nested_tensor(_rows(**ON_GPU)),
+    "moved": lambda: torch.nested.nested_tensor(_rows()).to("vgpu:0"),
+    "jagged, moved": lambda: torch.nested.nested_tensor(_rows(), **RAGGED).to("vgpu:0"),
+    "offsets": lambda: torch.nested.nested_tensor_from_jagged(
+        torch.ones(5, **ON_GPU), torch.tensor([0, 2, 5], **ON_GPU)
+    ),
+    "quantized": lambda: torch._empty_affine_quantized(
+        [2], scale=1.0, zero_point=0, dtype=torch.qint8, **ON_GPU
+    ),
+    "sparse": lambda: torch.ones(2).to_sparse().to("vgpu:0"),
+}
+
+
+def _rows(device: str = "cpu") -> list[torch.Tensor]:
+    return [torch.ones(2, device=device), torch.ones(3, device=device)]
+
+
+@pytest.mark.parametrize("make", NO_DENSE_TENSORS.values(), ids=NO_DENSE_TENSORS)
+def test_what_is_not_dense_is_refused_in_one_line(make: Callable[[], object]):
+    with pytest.raises(
+        NotImplementedError, match=r"^virtual GPUs hold dense tensors only, not .*$"
+    ):
+        make()
+
+
+def test_nested_tensors_of_the_cpu_stay_what_they_were():
+    for layout in ({}, RAGGED):
+        nested = torch.nested.nested_tensor(_rows(), **layout) * 2
+        assert [row.tolist() for row in nested.unbind()] == [[2, 2], [2, 2, 2]]
+
+
+def test_pytorchs_profiler_of_a_device_is_refused_in_one_line():
+    with pytest.raises(RuntimeError, match=r"use course_lib\.trace\(\) for those"):
+        torch.autograd.profiler.profile(use_device="vgpu")
+    with torch.autograd.profiler.profile() as profile:
+        torch.ones(2, **ON_GPU) + 1
+    assert "aten::add" in {event.key for event in profile.key_averages()}
+
+
+def test_a_copy_has_what_the_program_set_on_its_tensor():
+    tensor = torch.ones(2, **ON_GPU)
+    tensor.names_of_rows = ["a", "b"]
+    parameter = nn.Parameter(torch.ones(2, **ON_GPU))
+    parameter.is_shared = True
+    for copied in (copy.deepcopy(tensor), pickle.loads(pickle.dumps(tensor))):
+        assert copied.names_of_rows == ["a", "b"]
+        assert copied.names_of_rows is not tensor.names_of_rows
+        assert (copied.device, copied.tolist()) == (tensor.device, [1, 1])
+    assert pickle.loads(pickle.dumps(parameter)).is_shared
+    on_cpu = nn.Parameter(torch.ones(2))
+    on_cpu.is_shared = True  # which PyTorch leaves out when it copies a parameter deeply
+    assert hasattr(copy.deepcopy(parameter), "is_shared") == hasattr(
+        copy.deepcopy(on_cpu), "is_shared"
+    )
+
+
+@pytest.mark.parametrize("home", ["cpu", "vgpu:0"])
+@pytest.mark.parametrize("target", ["cpu", "vgpu:1"])
+def test_what_the_program_set_is_saved_and_loaded_to_any_device(home: str, target: str):
+    tensor = torch.ones(2, device=home)
+    tensor.names_of_rows = ["a", "b"]
+    file = io.BytesIO()
+    torch.save(tensor, file)
+    file.seek(0)
+    loaded = torch.load(file, map_location=target)
+    assert (loaded.names_of_rows, loaded.device) == (["a", "b"], torch.device(target))
 
 
 def test_nested_tensors_are_refused_in_one_line():

@@ -49,6 +49,18 @@ def test_a_model_moves_between_forward_and_backward_with_its_gradients():
     assert torch.equal(model.weight.grad.cpu(), expected)
 
 
+def test_a_gradient_moves_once_and_stays_the_object_that_it_was():
+    model = nn.Linear(3, 3, bias=False)
+    model(torch.randn(2, 3)).sum().backward()
+    gradient = model.weight.grad
+    for device in ("vgpu:1", "vgpu:0", "cpu"):
+        with course_lib.trace() as timeline:
+            model.to(device)
+        assert [span.name for span in timeline.spans] == ["copy", "copy"]
+        assert model.weight.grad is gradient
+        assert gradient.device == model.weight.device == torch.device(device)
+
+
 def test_an_optimizer_made_before_the_move_goes_on():
     model = nn.Linear(3, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

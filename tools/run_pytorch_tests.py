@@ -22,6 +22,7 @@ import inspect
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -39,6 +40,7 @@ FILES = [
     *("test_shape_ops.py", "nn/test_convolution.py", "nn/test_embedding.py"),
 ]
 SECONDS_A_TEST = 60
+ADDRESSES = 12_000_000_000  # bytes; some tests would take all that a computer has
 ENDED_THE_PROCESS = "ended the process"
 KEPT = Path(__file__).parent.parent / "build" / "pytorch_tests"
 
@@ -126,6 +128,7 @@ def run_here(file: Path, device: str, text: str) -> None:
     """Run what the log does not have yet of the file's device-generic tests, in this process."""
     log = Path(os.environ["RESULTS"])
     done = _read(log)
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
     sys.path[:0] = [str(file.parent), str(file.parent.parent)]
     os.chdir(file.parent)
     if device == "vgpu":

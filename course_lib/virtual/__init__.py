@@ -44,11 +44,10 @@ What differs from CUDA in use:
 * backward enqueues its work on the streams that are current where ``backward()`` is called; CUDA's
   autograd enqueues each part on the stream of its forward;
 * the current stream of a device is the same for all threads;
-* ``torch.Stream`` and ``torch.Event`` do nothing here: use ``torch.vgpu.Stream`` and ``Event``, or
-  ``course_lib.stream`` and ``event``;
 * random numbers are the CPU's, so an offset counts other steps than CUDA's (see ``random_states``);
 * what the host reads or overwrites while a copy is on its way is reported where a function of
-  PyTorch does it, on the thread that copied; NumPy and other threads are not seen;
+  PyTorch does it, on the thread that copied; what NumPy does with an array that shares the memory,
+  or another thread with the tensor, is not seen;
 * pageable host memory, and every blocking copy, makes the host wait until the copy is done; CUDA
   may go on once it has staged a small one;
 * memory is refused before the work where that is known at little cost (factories with a size,
@@ -61,8 +60,8 @@ What differs from CUDA in use:
 * a parameter of a virtual GPU is one by ``isinstance(p, nn.Parameter)``, not by ``type(p)``;
 * ``torch.device("vgpu:0")`` is PyTorch's error before the first ``devices()``: to register the
   name alone would break ``torch.accelerator`` and ``pin_memory`` on the CPU and on real GPUs;
-* interrupting (Ctrl-C) is safe only with the handler that ``interrupt`` sets: where a program sets
-  one of its own that raises, PyTorch's C++ code can end the process.
+* ``copy.deepcopy`` of a parameter leaves out what the program has set on it, as PyTorch's does;
+* a signal may come a few bytecodes later than elsewhere (see ``adapters.interrupt``).
 
 What is proven: ``tests/conformance`` runs PyTorch's own databases of operators, modules and
 optimizers; its ``exceptions.py`` lists what is not equal to the CPU bit for bit. How close the

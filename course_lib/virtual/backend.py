@@ -28,10 +28,13 @@ from course_lib.virtual.adapters import (
     generator_class,
     gradients,
     interrupt,
+    layouts,
     modules,
     processes,
+    profiling,
     recurrent,
     recurrent_layers,
+    stream_classes,
     transformer,
 )
 from course_lib.virtual.adapters.device_module import DeviceModule
@@ -91,7 +94,9 @@ def register() -> list[torch.library.Library]:
     data_attribute.prepare()
     current_device.prepare()
     generator_class.prepare()
+    stream_classes.prepare()
     dlpack.prepare()
+    profiling.prepare()
     transformer.prepare()
     data_parallel.prepare()
     processes.prepare()
@@ -108,7 +113,7 @@ def register() -> list[torch.library.Library]:
     # torch.tensor([loss, other_loss]) reads numbers in the same way, torch.tensor(storage) bytes.
     library.impl("_local_scalar_dense", _read, "PrivateUse1")
     library.impl("set_.source_Storage", _set_storage, "PrivateUse1")
-    return [library, *autocast.register(), pinned.register()]
+    return [library, *autocast.register(), *layouts.register(), pinned.register()]
 
 
 def _prepare_backward() -> None:

@@ -73,8 +73,11 @@ def bytes_formula(func: torch._ops.OpOverload) -> Callable[[list, list], int]:
         return lambda inputs, written: _read_and_written([], written)
     if packet in _GATHERS:  # reads the rows that are picked, and the indices that pick them
         return lambda inputs, written: _read_and_written(inputs[1:], [*written, *written])
-    if packet is aten.copy_:  # does not read what it overwrites
-        return lambda inputs, written: _read_and_written(inputs[1:], written)
+    if packet in _OVERWRITES:  # what comes first, and is not read
+        return lambda inputs, written: _read_and_written(inputs[len(written) :], written)
+    outputs = sum(argument.is_out for argument in func._schema.arguments)
+    if outputs:  # come last, and are not read either
+        return lambda inputs, written: _read_and_written(inputs[:-outputs], written)
     return _read_and_written
 
 
@@ -101,6 +104,7 @@ _RESERVES = {
     aten.new_empty_strided,
 }
 _READS_NOTHING = _RESERVES | {
+    aten._foreach_zero_,
     aten.fill_,
     aten.full_like,
     aten.new_full,
@@ -110,4 +114,5 @@ _READS_NOTHING = _RESERVES | {
     aten.zero_,
     aten.zeros_like,
 }
+_OVERWRITES = {aten.copy_, aten._foreach_copy_}
 _GATHERS = {aten.embedding, aten.gather, aten.index, aten.index_select}

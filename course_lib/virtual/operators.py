@@ -65,7 +65,10 @@ class Operator:
         self.writes = [
             argument.name if argument.kwarg_only else position
             for position, argument in enumerate(schema.arguments)
-            if argument.alias_info is not None and argument.alias_info.is_write
+            if argument.alias_info is not None
+            and argument.alias_info.is_write
+            # A fused optimizer changes gradients only if it is given a grad_scale to undo.
+            and not (self.name.startswith("_fused_") and argument.name == "grads")
         ]
         # Only _unsafe_view and its like say that what they return is new, and return a view.
         self.returns_new = (

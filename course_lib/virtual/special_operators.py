@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch._prims_common import suggest_memory_format
 
 from course_lib.virtual import hazards, host_copies
 from course_lib.virtual.execution import (
@@ -174,6 +175,8 @@ def _resize(operator: Operator, args: tuple, kwargs: dict) -> VirtualTensor:
 @runs(aten.resize_as_.default)
 def _resize_as(operator: Operator, args: tuple, kwargs: dict) -> VirtualTensor:
     self, template = args
+    if kwargs.get("memory_format") is torch.preserve_format:
+        kwargs = {"memory_format": suggest_memory_format(template)}
     return _resize(Operator.of(aten.resize_.default), (self, template.shape), kwargs)
 
 

@@ -25,6 +25,10 @@ _make_wrapper = torch.Tensor._make_wrapper_subclass
 _DEVICES: dict[int, torch.device] = {}
 
 
+# What every virtual tensor has, and what PyTorch marks a parameter with.
+OF_VIRTUAL_TENSORS = {"inner", "index", "allocation", "_is_param"}
+
+
 class VirtualTensor(torch.Tensor):
     """A tensor on a virtual GPU. Made by :func:`wrap` and by nothing else.
 
@@ -92,20 +96,32 @@ class VirtualTensor(torch.Tensor):
             result.set_(storage, plain.storage_offset(), plain.shape, plain.stride())
             result.requires_grad_(self.requires_grad)
             result.grad = copy.deepcopy(self.grad, memo)
+            result.__dict__.update(copy.deepcopy(self._own_attributes(), memo))
         memo[id(self)] = result
         return result
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # As PyTorch does it; its own method knows wrapper subclasses by their class alone.
         hooks: OrderedDict = OrderedDict()  # are not saved
+        own = self._own_attributes()
         if isinstance(self, torch.nn.Parameter):
-            return torch._utils._rebuild_parameter, (self.detach(), self.requires_grad, hooks)
+            what = (self.detach(), self.requires_grad, hooks)
+            if own:
+                return torch._utils._rebuild_parameter_with_state, (*what, own)
+            return torch._utils._rebuild_parameter, what
         plain = self.detach().resolve_conj().resolve_neg()
         storage = TypedStorage(
             wrap_storage=plain.untyped_storage(), dtype=self.dtype, _internal=True
         )
         form = plain.storage_offset(), tuple(plain.shape), plain.stride()
-        return torch._utils._rebuild_tensor_v2, (storage, *form, self.requires_grad, hooks)
+        rebuild, what = torch._utils._rebuild_tensor_v2, (storage, *form, self.requires_grad, hooks)
+        if own:
+            return torch._tensor._rebuild_from_type_v2, (rebuild, torch.Tensor, what, own)
+        return rebuild, what
+
+    def _own_attributes(self) -> dict[str, Any]:
+        """What the program has set on this tensor, as in ``p.sequence_parallel = True``."""
+        return {name: own for name, own in vars(self).items() if name not in OF_VIRTUAL_TENSORS}
 
     def untyped_storage(self) -> VirtualStorage:
         return VirtualStorage.around(self.inner.untyped_storage(), self.allocation, self.device)
@@ -130,6 +146,9 @@ class VirtualTensor(torch.Tensor):
 
     def record_stream(self, stream: Any) -> None:
         """Nothing to do: memory here is reused in the order of the program."""
+
+    def as_subclass(self, cls: type) -> torch.Tensor:
+        return self if cls is torch.Tensor else super().as_subclass(cls)
 
     def tolist(self) -> Any:
         return self.detach().cpu().tolist()

@@ -13,10 +13,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from course_lib.virtual.tensor import VirtualTensor
+from course_lib.virtual.tensor import OF_VIRTUAL_TENSORS, VirtualTensor
 
 _in_cpp = torch._C.TensorBase.data
-_OF_VIRTUAL_TENSORS = {"inner", "index", "allocation", "_is_param"}
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
@@ -53,12 +52,16 @@ def become(self: torch.Tensor, value: torch.Tensor) -> None:
         other = nn.Parameter(value, self.requires_grad)
     else:
         other = value.requires_grad_(self.requires_grad)
-    if self.grad is not None:
-        other.grad = self.grad.to(other)
+    gradient = self.grad
+    if gradient is not None:  # stays the object that it was, too
+        moved = gradient.to(other)
+        self.grad = None
+        become(gradient, moved)
+        other.grad = gradient
     for name in _HOOKS:
         if getattr(self, name):
             setattr(other, name, getattr(self, name))
-    kept = {name: own for name, own in vars(self).items() if name not in _OF_VIRTUAL_TENSORS}
+    kept = {name: own for name, own in vars(self).items() if name not in OF_VIRTUAL_TENSORS}
     self.__class__, other.__class__ = other.__class__, self.__class__
     self.__dict__, other.__dict__ = {**vars(other), **kept}, vars(self)
     torch._C._swap_tensor_impl(self, other)

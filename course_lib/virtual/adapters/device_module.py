@@ -35,20 +35,29 @@ class CurrentEvent(streams.Event):
     Args:
         enable_timing: whether :meth:`elapsed_time` may be asked.
         blocking, interprocess: taken for the sake of CUDA's programs, and of no effect.
+        device: whose current stream that is; the current device's unless told.
     """
 
     def __init__(
-        self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False
+        self,
+        enable_timing: bool = False,
+        blocking: bool = False,
+        interprocess: bool = False,
+        device: Any = None,
     ) -> None:
-        super().__init__(machine.clock.current[_index(None)])
+        self._device = device
+        super().__init__(self._current())
         self.enable_timing = enable_timing
 
+    def _current(self) -> Stream:
+        return machine.clock.current[_index(self._device)]
+
     def record(self, stream: Stream | None = None) -> None:
-        self._stream = stream or machine.clock.current[_index(None)]
+        self._stream = stream or self._current()
         super().record(self._stream)
 
     def wait(self, stream: Stream | None = None) -> None:
-        super().wait(stream or machine.clock.current[_index(None)])
+        super().wait(stream or self._current())
 
     def elapsed_time(self, end: streams.Event) -> float:
         if not (self.enable_timing and getattr(end, "enable_timing", True)):

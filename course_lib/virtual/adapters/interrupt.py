@@ -1,7 +1,7 @@
-"""Ctrl-C at a moment that can bear it.
+"""Ctrl-C, and any other signal, at a moment that can bear it.
 
-Python's own handler of SIGINT raises ``KeyboardInterrupt`` wherever the program happens to be. In
-three kinds of places that does harm:
+Python's own handler of SIGINT raises ``KeyboardInterrupt`` wherever the program happens to be, and
+a program's handler of SIGALRM its ``TimeoutError``. In three kinds of places that does harm:
 
 * PyTorch's C++ code asks the device guard, written in Python, from functions that must not fail:
   an error there ends the process. pybind11 looks the guard's method up, lets Python handle signals
@@ -9,9 +9,13 @@ three kinds of places that does harm:
 * in a destructor Python prints the error and goes on, so that the interrupt is lost;
 * the few lines that count bytes must run to their end.
 
-The handler here raises the same error as Python's, except in those places. There it makes the
-signal come again when Python next looks for signals, a few bytecodes later, as often as it takes.
-Everywhere else, in a sleep or a read too, the interrupt comes at once, as it always does.
+So every handler that is a function is put behind one that calls it, except in those places. There
+the signal is made to come again when Python next looks for signals, a few bytecodes later, as often
+as it takes. Everywhere else, in a sleep or a read too, it comes at once, as it always does. To a
+program that asks ``signal.getsignal`` its own handler is told.
+
+A handler set by C code, or by Python code that took ``signal`` itself out of its module before the
+first ``devices()`` and sets one after it, is not seen (a Jupyter kernel's is).
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from functools import wraps
 from types import CodeType, FrameType
 from typing import Any
 
@@ -70,14 +75,27 @@ def take_error() -> None:
 _raise_error = ctypes.pythonapi.PyErr_Occurred
 
 
-def _handle(signum: int, frame: FrameType | None) -> None:
-    take_error()  # of a backward pass that was failing when the signal came
-    if cpp.is_asking or _is_uninterrupted(frame):
+def _careful(handler: Any) -> Any:
+    """``handler`` where it can be borne; what is no function, or careful, is itself."""
+    if not callable(handler) or hasattr(handler, "is_careful"):
+        return handler
+
+    @wraps(handler)
+    def handle(signum: int, frame: FrameType | None) -> Any:
+        take_error()  # of a backward pass that was failing when the signal came
+        if not (cpp.is_asking or _is_uninterrupted(frame)):
+            return handler(signum, frame)
         # Python runs the pending call as soon as it returns to bytecode, that is here, and handles
         # the signal the next time it looks: after this function, of which this is the last call.
-        _add_pending_call(_RAISE_SIGNAL, signum)
-    else:
-        signal.default_int_handler(signum, frame)
+        return _add_pending_call(_RAISE_SIGNAL, signum)
+
+    handle.is_careful = True
+    return handle
+
+
+def _chosen(handler: Any) -> Any:
+    """The handler that the program chose, of one that is set."""
+    return handler.__wrapped__ if hasattr(handler, "is_careful") else handler
 
 
 def _is_uninterrupted(frame: FrameType | None) -> bool:
@@ -94,15 +112,27 @@ _RAISE_SIGNAL = ctypes.cast(ctypes.pythonapi.PyErr_SetInterruptEx, ctypes.c_void
 
 
 def install() -> None:
-    """Handle SIGINT from now on, unless the program has chosen a handler of its own."""
-    _install()
+    """Be careful with all handlers that there are, and those that are set from now on."""
+    set_handler, get_handler = signal.signal, signal.getsignal
+
+    @wraps(set_handler)
+    def set_careful(signalnum: int, handler: Any) -> Any:
+        return _chosen(set_handler(signalnum, _careful(_chosen(handler))))
+
+    @wraps(get_handler)
+    def get_chosen(signalnum: int) -> Any:
+        return _chosen(get_handler(signalnum))
+
+    def set_again(*info: Any) -> None:
+        if threading.current_thread() is threading.main_thread():  # no other thread may
+            for signum in signal.valid_signals():
+                handler = get_handler(signum)
+                if _careful(handler) is not handler:
+                    set_handler(signum, _careful(handler))
+
+    signal.signal, signal.getsignal = set_careful, get_chosen
+    set_again()
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     if shell is not None:  # a Jupyter kernel sets Python's handler again for every cell
-        shell.events.register("pre_run_cell", _install)
-
-
-def _install(*info: Any) -> None:
-    is_main = threading.current_thread() is threading.main_thread()  # no other thread may
-    if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _handle)
+        shell.events.register("pre_run_cell", set_again)
