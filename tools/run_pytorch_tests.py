@@ -40,7 +40,7 @@ FILES = [
     *("test_shape_ops.py", "nn/test_convolution.py", "nn/test_embedding.py"),
 ]
 SECONDS_A_TEST = 60
-ADDRESSES = 12_000_000_000  # bytes; some tests would take all that a computer has
+ADDRESSES = 8_000_000_000  # bytes; some tests would take all that a computer has
 ENDED_THE_PROCESS = "ended the process"
 KEPT = Path(__file__).parent.parent / "build" / "pytorch_tests"
 
