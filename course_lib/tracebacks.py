@@ -37,6 +37,11 @@ def _show(
     return lines
 
 
+def is_machinery(filename: str) -> bool:
+    """Whether a file is of PyTorch or of this package, and not the learner's."""
+    return filename.startswith(_MACHINERY)
+
+
 def up_to_the_learner(tb: TracebackType | None) -> TracebackType | None:
     """``tb`` without the lines of PyTorch and of this package behind the last other one.
 
@@ -46,7 +51,7 @@ def up_to_the_learner(tb: TracebackType | None) -> TracebackType | None:
     mine = [
         place
         for place, link in enumerate(links)
-        if not link.tb_frame.f_code.co_filename.startswith(_MACHINERY)
+        if not is_machinery(link.tb_frame.f_code.co_filename)
     ]
     if not mine or mine[-1] == len(links) - 1:
         return tb

@@ -14,13 +14,12 @@ bytes (``reduce_dtype`` in PyTorch's FSDP and in :mod:`course_lib.parallel.shard
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from course_lib.hardware import current_stream, stream
+from course_lib.parallel.ring import Ring
 
 
 def all_reduce(tensors: Iterable[Tensor]) -> None:
@@ -97,10 +96,10 @@ def ring_all_reduce(tensors: Iterable[Tensor]) -> None:
     tensors = matching(tensors)
     _require_contiguous(tensors)
     chunks = [tensor.view(-1).tensor_split(len(tensors)) for tensor in tensors]
-    ring = _Ring([tensor.device for tensor in tensors])
-    ring.reduce_scatter(chunks)
-    ring.all_gather(chunks)
-    ring.finish()
+    ring = Ring([tensor.device for tensor in tensors])
+    with ring.turning():
+        ring.reduce_scatter(chunks)
+        ring.all_gather(chunks)
 
 
 def reduce_scatter(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -114,9 +113,9 @@ def reduce_scatter(tensors: Iterable[Tensor]) -> list[Tensor]:
     tensors = matching(tensors)
     _require_contiguous(tensors)
     chunks = [tensor.tensor_split(len(tensors)) for tensor in tensors]
-    ring = _Ring([tensor.device for tensor in tensors])
-    ring.reduce_scatter(chunks)
-    ring.finish()
+    ring = Ring([tensor.device for tensor in tensors])
+    with ring.turning():
+        ring.reduce_scatter(chunks)
     return [chunks[rank][rank] for rank in range(len(tensors))]
 
 
@@ -152,79 +151,10 @@ def all_gather(shards: Iterable[Tensor]) -> list[Tensor]:
     chunks = [tensor.split(sizes) for tensor in tensors]
     for rank, shard in enumerate(shards):
         chunks[rank][rank].copy_(shard)
-    ring = _Ring([shard.device for shard in shards])
-    ring.all_gather(chunks)
-    ring.finish()
+    ring = Ring([shard.device for shard in shards])
+    with ring.turning():
+        ring.all_gather(chunks)
     return tensors
-
-
-class _Ring:
-    """Devices in a circle, each of which sends to the next one while it receives from the last.
-
-    A copy waits for the current stream of both its ends. So that a device can send and receive
-    at once, it has a stream for each; what arrives is added on the stream where it arrived.
-
-    The chunks are ``chunks[rank][number]``, as many numbers as ranks. An empty one is not sent.
-    """
-
-    def __init__(self, devices: list[torch.device]) -> None:
-        self.main = [current_stream(device) for device in devices]
-        self.send = [stream(device) for device in devices]
-        self.receive = [stream(device) for device in devices]
-        for rank in range(len(devices)):
-            self.send[rank].wait_stream(self.main[rank])
-            self.receive[rank].wait_stream(self.main[rank])
-
-    def reduce_scatter(self, chunks: list[tuple[Tensor, ...]]) -> None:
-        """In N - 1 rounds every chunk travels once round the ring, growing by each rank's part.
-
-        It sets out next to its owner and ends there: chunk r is complete on rank r.
-        """
-        count = len(chunks)
-        for step in range(count - 1):
-            for rank in range(count):
-                number, following = (rank - step - 1) % count, (rank + 1) % count
-                self._add(chunks[rank][number], chunks[following][number], rank, following)
-            self._next_round()
-
-    def all_gather(self, chunks: list[tuple[Tensor, ...]]) -> None:
-        """In N - 1 rounds every chunk travels from its owner to all others."""
-        count = len(chunks)
-        for step in range(count - 1):
-            for rank in range(count):
-                number, following = (rank - step) % count, (rank + 1) % count
-                if chunks[rank][number].numel():
-                    with self._streams(rank, following):
-                        chunks[following][number].copy_(chunks[rank][number])
-            self._next_round()
-
-    def finish(self) -> None:
-        """Let the current streams go on after the ring."""
-        for rank, main in enumerate(self.main):
-            main.wait_stream(self.send[rank])
-            main.wait_stream(self.receive[rank])
-
-    def _add(self, source: Tensor, destination: Tensor, rank: int, following: int) -> None:
-        if source.numel():
-            with self._streams(rank, following):
-                destination.add_(source.to(destination.device))
-
-    @contextmanager
-    def _streams(self, rank: int, following: int) -> Iterator[None]:
-        """Enqueue on the sending stream of one rank and the receiving one of the next."""
-        send, receive = self.send[rank], self.receive[following]
-        share_a_device = send.device == receive.device  # between two devices a copy waits for both
-        if share_a_device:
-            receive.wait_stream(send)
-        with send, receive:
-            yield
-        if share_a_device:
-            send.wait_stream(receive)
-
-    def _next_round(self) -> None:
-        """What a device sends next is what it has received."""
-        for send, receive in zip(self.send, self.receive, strict=True):
-            send.wait_stream(receive)
 
 
 def matching(tensors: Iterable[Tensor], first_dimension: bool = True) -> list[Tensor]:

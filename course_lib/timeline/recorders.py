@@ -27,10 +27,12 @@ def trace(strict: bool = False) -> Iterator[Trace]:
             (virtual GPUs only).
 
     Raises:
-        RuntimeError: there are no devices yet.
+        RuntimeError: there are no devices yet, or it is a rank that asks.
     """
     if not machine.device_count and not hardware.real_devices:
         raise RuntimeError("there is nothing to record yet: call course_lib.devices(4) first")
+    if machine.clock.own_device is not None:
+        raise RuntimeError("a rank cannot record all ranks: put trace() around ranks.run()")
     gc.collect()  # peak memory must not depend on when Python last looked for garbage
     hardware.synchronize()
     recording = _trace_virtual(strict) if machine.device_count else _trace_real()

@@ -53,6 +53,8 @@ class Clock:
         region: what the program says that it is doing.
         listeners, hazard_listeners: who wants to know of each span, and of each missing wait.
         after_host_waited: what is to be done each time (see ``host_copies``).
+        own_device: the only device that the running process works with; ``None``: it has all.
+        before_synchronize: what is to be done before the host waits for a whole device.
     """
 
     def __init__(self, spec: Spec, device_count: int, nodes: Nodes) -> None:
@@ -71,6 +73,9 @@ class Clock:
         self.listeners: list[Callable[[Span], None]] = []
         self.hazard_listeners: list[Callable[[Any], None]] = []
         self.after_host_waited: Callable[[], None] | None = None
+        self.own_device: int | None = None
+        self.before_synchronize: Callable[[], None] | None = None
+        self._links: list[list[Stream]] = [[] for _ in range(device_count)]
         self._cores = [Engine() for _ in range(device_count)]
         # A link carries both directions at once; the one to the host is another than the others.
         self._senders = [Engine() for _ in range(device_count)]
@@ -192,8 +197,20 @@ class Clock:
 
     def synchronize(self, device: int) -> None:
         """Make the host wait for all streams of ``device``."""
-        for stream in self.streams[device]:
+        if self.before_synchronize is not None:
+            self.before_synchronize()
+        for stream in (*self.streams[device], *self._links[device]):
             stream.synchronize()
+
+    def add_link_stream(self, device: int, name: str) -> Stream:
+        """A stream of ``device`` for one way of communication, which no program gets by chance."""
+        self.has_side_streams = True
+        self._links[device].append(Stream(self, device, name))
+        return self._links[device][-1]
+
+    def drop_link_streams(self) -> None:
+        """Forget the streams of communication: nobody uses them any more."""
+        self._links = [[] for _ in self._links]
 
     def new_stream(self, device: int) -> Stream:
         """One more stream of ``device``, or one of those it has if they are many."""

@@ -84,6 +84,7 @@ class Machine(State):
         Raises:
             ValueError: they do not divide among the nodes.
         """
+        self._check_not_in_a_rank()
         if torch.device(backing) == self.backing:
             self.set_up(spec, device_count, nodes)
         else:
@@ -98,11 +99,19 @@ class Machine(State):
         Afterwards everything is as it was. Tensors, streams and events made on either side are
         refused on the other.
         """
+        self._check_not_in_a_rank()
         before = self._swap(vars(State(spec, device_count, backing, nodes)))
         try:
             yield
         finally:
             self._swap(before)
+
+    def _check_not_in_a_rank(self) -> None:
+        if self.clock.own_device is not None:
+            raise RuntimeError(
+                "a rank has the GPUs that ranks.run() was given, and cannot ask for others: call "
+                "devices() before it"
+            )
 
     def _swap(self, state: dict[str, Any]) -> dict[str, Any]:
         """Take on the attributes of another state, and return those that there were."""
@@ -141,8 +150,9 @@ class Machine(State):
         )
 
     def synchronize(self) -> None:
-        """Make the host wait for every device."""
-        for index in range(self.device_count):
+        """Make the host wait for every device that the running process works with."""
+        own = self.clock.own_device
+        for index in range(self.device_count) if own is None else [own]:
             self.clock.synchronize(index)
 
 

@@ -1,0 +1,221 @@
+"""``run``: one function, once a rank, on virtual GPUs."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from course_lib import hardware, tracebacks
+from course_lib.ranks import distributed
+from course_lib.ranks.baton import Baton, Runner
+from course_lib.ranks.interrupting import end_interrupted
+from course_lib.ranks.meetings import Communicator
+from course_lib.ranks.point_to_point import Exchange
+from course_lib.ranks.rank_state import ProcessState, undo_environment
+from course_lib.ranks.store import SharedStore
+from course_lib.ranks.works import Pending
+from course_lib.virtual.machine import machine
+
+
+def run(function: Callable[..., Any], gpus: Sequence[torch.device], *args: Any) -> list[Any]:
+    """Run ``function(*args)`` once a rank, and wait for all.
+
+    Each rank has one of ``gpus``, which is its current device from the start, and what a process
+    started by ``torchrun`` has: ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE`` in its environment, a
+    host clock, random numbers and groups of its own. ``torch.distributed.init_process_group()``
+    needs no arguments.
+
+    What a rank prints comes when all have ended, rank by rank.
+
+    Returns:
+        What each rank returned, in rank order.
+
+    Raises:
+        DeadlockError: every rank waits for another.
+        MismatchError: ranks take part in different collectives.
+        RuntimeError: it is called inside of a rank, or the GPUs are not virtual.
+        ValueError: there are no GPUs, or one is there twice.
+
+    What else a rank raises ends the others and is raised here: the error of the rank that failed
+    first, with a note that says which.
+    """
+    return Run(function, _checked(gpus), args).results()
+
+
+class Run:
+    """One call of :func:`run`, while it lasts.
+
+    Attributes:
+        gpus: one a rank.
+        baton: who runs.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], gpus: list[torch.device], args: tuple[Any, ...]
+    ) -> None:
+        self.gpus = gpus
+        self._function, self._args = function, args
+        self._returned: list[Any] = [None] * len(gpus)
+        self._data: dict[str, bytes] = {}
+        self._points: dict[str, tuple[Communicator, Exchange]] = {}
+        self._pending: list[list[Pending]] = [[] for _ in gpus]
+        own = ProcessState.as_it_is()
+        self._own = own
+        self._states = [own.for_rank(rank, len(gpus), gpu.index) for rank, gpu in enumerate(gpus)]
+        for state in self._states:
+            state.values["groups"] = distributed.World()
+        self.baton = Baton(
+            [
+                Runner(rank, self._live, state.put_in_place, state.take_out)
+                for rank, state in enumerate(self._states)
+            ]
+        )
+
+    @property
+    def rank(self) -> int:
+        """That of the rank that runs."""
+        assert self.baton.holder is not None
+        return self.baton.holder.rank
+
+    def results(self) -> list[Any]:
+        """Run all ranks; what each returned.
+
+        Raises:
+            BaseException: that of the rank that failed first.
+        """
+        clock = machine.clock
+        collects = gc.isenabled()
+        gc.disable()  # when Python looks for garbage must not depend on what was before
+        clock.before_synchronize, was = self.finish_pending, clock.before_synchronize
+        clock.has_side_streams = True  # from now on, what is enqueued later may be ready sooner
+        _Active.run = self
+        try:
+            with distributed.used_by(self):
+                try:
+                    self.baton.run_all()
+                except KeyboardInterrupt:
+                    end_interrupted(self.baton)
+                    raise
+        finally:
+            _Active.run = None
+            clock.before_synchronize = was
+            self._own.meet(self._states)
+            self._own.put_in_place()
+            undo_environment(self._own.values["environment"], self._states)
+            clock.drop_link_streams()
+            if collects:
+                gc.enable()
+            self._print()
+            self._let_go()
+        self._raise_first()
+        return self._returned
+
+    def store(self) -> SharedStore:
+        """A store of keys and values that all ranks share."""
+        return SharedStore(self.baton, self._data)
+
+    def meeting_points(self, name: str, ranks: list[int]) -> tuple[Communicator, Exchange]:
+        """Where the ranks of the group ``name`` meet: the same for all of them."""
+        if name not in self._points:
+            gpus = [self.gpus[rank] for rank in ranks]
+            everyone = len(ranks) == len(self.gpus)
+            title = "all ranks" if everyone else f"ranks {', '.join(map(str, ranks))}"
+            self._points[name] = Communicator(title, ranks, gpus), Exchange(ranks, gpus)
+        return self._points[name]
+
+    def remember(self, pending: Pending) -> None:
+        """Note that the rank that runs has begun ``pending``, until it is over."""
+        mine = self._pending[self.rank]
+        if not pending.is_over():
+            mine[:] = [each for each in mine if not each.is_over()]
+            mine.append(pending)
+
+    def finish_pending(self) -> None:
+        """Let the rank that runs wait for all that it has begun."""
+        mine = self._pending[self.rank]
+        while mine:
+            self.baton.wait_until(mine[-1])
+            mine.pop()
+
+    def _live(self) -> None:
+        """What the thread of one rank does."""
+        rank = self.rank
+        torch.vgpu.set_device(self.gpus[rank])
+        distributed.prepare_thread()
+        try:
+            self._returned[rank] = self._function(*self._args)
+        except SystemExit as ended:
+            if ended.code:
+                raise RuntimeError(f"rank {rank} ended with sys.exit({ended.code!r})") from None
+
+    def _print(self) -> None:
+        """What the ranks printed, in rank order."""
+        for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+            for rank, state in enumerate(self._states):
+                text = state.values[name].getvalue()
+                for line in text.splitlines():
+                    print(f"[rank {rank}] {line}", file=stream)
+
+    def _let_go(self) -> None:
+        """Keep no tensor: an error that was raised here keeps this object for as long as it is."""
+        self._points.clear()
+        self._pending.clear()
+        for state in self._states:
+            state.values.clear()
+        for runner in self.baton.runners:
+            _forget_locals(runner.error)
+        if self.baton.first_to_fail is not None or self.baton.is_stopping:
+            self._returned.clear()
+            self._args = ()
+
+    def _raise_first(self) -> None:
+        """Raise what ended the rank that failed first."""
+        first = self.baton.first_to_fail
+        error = first.error if first is not None else None
+        for runner in self.baton.runners:
+            runner.error = None
+        if first is None or error is None:
+            return
+        error.add_note(f"(rank {first.rank} of {len(self.gpus)} failed first)")
+        try:
+            raise error.with_traceback(tracebacks.up_to_the_learner(error.__traceback__))
+        finally:
+            del error
+
+
+class _Active:
+    """The run that is going on."""
+
+    run: Run | None = None
+
+
+def _checked(gpus: Sequence[torch.device]) -> list[torch.device]:
+    if _Active.run is not None:
+        raise RuntimeError("ranks.run() cannot be called inside of a rank: its ranks are all there")
+    devices = [torch.device(gpu) for gpu in gpus]
+    if not devices:
+        raise ValueError("ranks.run(function, gpus) needs at least one GPU")
+    for device in devices:
+        if not hardware.is_virtual(device):
+            raise RuntimeError(
+                f"ranks.run() runs on virtual GPUs, and {device} is none: "
+                "take gpus = course_lib.devices(4, backing='cpu')"
+            )
+        machine.check_index(-1 if device.index is None else device.index)
+    if len(set(devices)) < len(devices):
+        raise ValueError(f"each rank needs a GPU of its own, and one is there twice: {devices}")
+    return devices
+
+
+def _forget_locals(error: BaseException | None) -> None:
+    """Free what the functions that ``error`` ended had in their variables: tensors, models."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
