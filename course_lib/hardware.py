@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 
@@ -18,9 +19,33 @@ from course_lib.virtual.spec import CLASSROOM, Spec
 
 loading.prepare()  # a file that was saved on a virtual GPU can be met before devices() is called
 
-# The two kinds have the same methods.
-Stream = torch.cuda.Stream | virtual_streams.Stream
-Event = torch.cuda.Event | virtual_streams.Event
+
+class Event(Protocol):
+    """What a ``torch.cuda.Event`` and a virtual one have in common."""
+
+    def record(self, stream: Any = None, /) -> None: ...
+    def wait(self, stream: Any = None, /) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool: ...
+    def elapsed_time(self, end: Any, /) -> float: ...
+
+
+class Stream(Protocol):
+    """What a ``torch.cuda.Stream`` and a virtual one have in common.
+
+    Each takes streams and events of its own kind alone, which is more than a type can say here.
+    """
+
+    @property
+    def device(self) -> torch.device: ...
+    def wait_stream(self, other: Any, /) -> None: ...
+    def wait_event(self, event: Any, /) -> None: ...
+    def record_event(self, event: Any = None, /) -> Event: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool: ...
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *error: Any) -> None: ...
+
 
 ENVIRONMENT_VARIABLE = "COURSE_DEVICES"
 

@@ -127,6 +127,11 @@ class GPT(nn.Sequential):
         if tied:
             head.linear.weight = embedding.token.weight
 
+    def parts(self) -> tuple[Embedding, list[Block], Head]:
+        """Its layers, by what they are: the embedding, the blocks, the head."""
+        embedding, *blocks, head = self
+        return embedding, blocks, head  # type: ignore[return-value]  # modules of any kind, to it
+
 
 def next_token_loss(scores_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Mean cross-entropy of every prediction in the batch."""

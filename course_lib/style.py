@@ -20,7 +20,7 @@ RED, PURPLE, SKY = "#D55E00", "#CC79A7", "#56B4E9"
 INK, GREY, PALE = "#222222", "#8A8A8A", "#EDEDED"
 CYCLE = [BLUE, ORANGE, GREEN, RED, PURPLE, SKY]
 
-RC = {
+RC: dict[Any, Any] = {
     "figure.dpi": 100,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",

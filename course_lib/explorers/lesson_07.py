@@ -16,7 +16,7 @@ def explore_ring_attention() -> Explorer:
     def draw(order: str, tokens: int, link: int) -> Figure:
         spec = A100.with_(launch_overhead=0.0, link_bandwidth=link * 1e9)
         with hardware.fresh_devices(4, spec, backing="meta") as gpus:
-            parts = [
+            qs, ks, vs = [
                 [
                     torch.empty(
                         1, 32, tokens // 4, 128,
@@ -27,7 +27,7 @@ def explore_ring_attention() -> Explorer:
                 for _ in "qkv"
             ]  # fmt: skip
             with timeline.trace() as t:
-                outs = ring_attention(*parts, causal=True, zigzag=order == "zigzag")
+                outs = ring_attention(qs, ks, vs, causal=True, zigzag=order == "zigzag")
                 torch.autograd.backward(outs, [torch.empty_like(out) for out in outs])
         figure, ax = style.figure(height=4.4)
         t.plot(ax, title=f"Causal, forward and backward, {t.seconds * 1e3:.1f} ms")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,9 @@ def ring_attention(
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, causal: bool, tiles: list[list[Tile]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, causal: bool, tiles: list[list[Tile]], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         qs, ks, vs = _groups(tensors, 3)
         ctx.meetings = partial(meetings, tiles, causal)
         outs = [wide(torch.zeros_like(q)) for q in qs]
@@ -78,10 +81,11 @@ class _RingAttention(torch.autograd.Function):
         kvs = [torch.stack(pair) for pair in zip(ks, vs, strict=True)]  # to travel as one
         for step in _go_round(kvs):
             for rank, queries, keys, masked in ctx.meetings(step):
-                q, *so_far = (each[rank][..., queries, :] for each in (qs, outs, log_sums))
+                q, out, log_sum = (each[rank][..., queries, :] for each in (qs, outs, log_sums))
                 k, v = kvs[rank][..., keys, :]
                 more = attend(q, k, v, masked)
-                for old, new in zip(so_far, merge(*so_far, *more), strict=True):
+                both = merge(out, log_sum, *more)
+                for old, new in zip((out, log_sum), both, strict=True):
                     old.copy_(new)
         outs = [out.to(q.dtype) for out, q in zip(outs, qs, strict=True)]
         ctx.save_for_backward(*tensors, *outs, *log_sums)
@@ -89,7 +93,7 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         qs, ks, vs, outs, log_sums = _groups(ctx.saved_tensors, 5)
         # Of each query, the sum of dO * O: all that a softmax's backward needs of the other keys.
         dots = [

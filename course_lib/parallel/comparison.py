@@ -130,8 +130,9 @@ def context_parallel_step(
     buckets = GradientBuckets(list(model.replicas), BUCKET_BYTES)
     optimizer = torch.optim.AdamW(model.parameters())
     total = count_targets(targets)
+    split = partial(split_sequence, devices=devices, dimension=1)
     pieces = [
-        (*(split_sequence(each, devices, dimension=1) for each in (x, y)), count_targets(y) / total)
+        (split(x), split(y), count_targets(y) / total)
         for x, y in _pieces(tokens, targets, microbatch)
     ]
 

@@ -70,6 +70,7 @@ class ContextParallelGPT(nn.Module):
             # Devices with the same dice would drop the same places of different chunks.
             raise ValueError("context parallelism here knows no dropout: build with dropout=0")
         self.replicas = nn.ModuleList(replicate(gpt, devices))
+        self.context = gpt.parts()[0].position.num_embeddings
         self.devices = list(devices)
         self._positions: dict[tuple[int, bool], list[Tensor]] = {}
 
@@ -99,9 +100,8 @@ class ContextParallelGPT(nn.Module):
 
     def _positions_of(self, length: int, zigzag: bool) -> list[Tensor]:
         """Each device's positions, made once for each length: a copy from the host waits."""
-        context = self.replicas[0][0].position.num_embeddings
-        if length > context:
-            raise ValueError(f"{length} tokens are more than this GPT can read, {context}")
+        if length > self.context:
+            raise ValueError(f"{length} tokens are more than this GPT can read, {self.context}")
         if (length, zigzag) not in self._positions:
             self._positions[length, zigzag] = [
                 positions(length, len(self.devices), rank, zigzag).to(device)
@@ -116,7 +116,8 @@ def _run(blocks: Sequence[Block], xs_BTD: Tensors, zigzag: bool) -> list[Tensor]
     for block, x_BTD in zip(blocks, xs_BTD, strict=True):
         qkv_BTD = block.attention.qkv(block.norm_1(x_BTD))
         qkvs.append(qkv_BTD.unflatten(-1, (3, block.attention.heads, -1)).permute(2, 0, 3, 1, 4))
-    ys_BHTK = ring_attention(*zip(*qkvs, strict=True), causal=True, zigzag=zigzag)
+    qs_BHTK, ks_BHTK, vs_BHTK = zip(*qkvs, strict=True)
+    ys_BHTK = ring_attention(qs_BHTK, ks_BHTK, vs_BHTK, causal=True, zigzag=zigzag)
     outs_BTD = []
     for block, x_BTD, y_BHTK in zip(blocks, xs_BTD, ys_BHTK, strict=True):
         x_BTD = x_BTD + block.attention.out(y_BHTK.transpose(1, 2).flatten(2))

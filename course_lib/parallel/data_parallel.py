@@ -8,16 +8,20 @@ Distributed", 2020), with one process a device.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from course_lib.parallel.collectives import all_reduce
 from course_lib.parallel.counting import CountedShards, counts_of, part_of_mean, total_count
-from course_lib.parallel.kinds import Devices, Loss
+from course_lib.parallel.kinds import Devices, Loss, Tensors
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
-def replicate(model: nn.Module, devices: Devices) -> list[nn.Module]:
+def replicate(model: Model, devices: Devices) -> list[Model]:
     """One copy of ``model`` on each device, without gradients; ``model`` itself stays as it is.
 
     What a layer keeps or draws by itself is each replica's own. BatchNorm takes its statistics
@@ -50,9 +54,9 @@ def split_batch(batch: Tensor, devices: Devices) -> CountedShards:
 
 
 def backward_on_shards(
-    replicas: list[nn.Module],
-    inputs: list[Tensor],
-    targets: list[Tensor],
+    replicas: Sequence[nn.Module],
+    inputs: Tensors,
+    targets: Tensors,
     loss_function: Loss,
     batch_size: int | None = None,
 ) -> list[Tensor]:
@@ -92,7 +96,7 @@ def backward_on_shards(
     return losses
 
 
-def all_reduce_gradients(replicas: list[nn.Module]) -> None:
+def all_reduce_gradients(replicas: Sequence[nn.Module]) -> None:
     """Replace every gradient by the sum over all replicas, one parameter at a time.
 
     A parameter without a gradient on any replica (a frozen one) is left alone. A replica that
@@ -110,10 +114,10 @@ def all_reduce_gradients(replicas: list[nn.Module]) -> None:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        all_reduce([parameter.grad for parameter in parameters])
+        all_reduce(each.grad for each in parameters if each.grad is not None)  # now all have one
 
 
-def parameter_copies(replicas: list[nn.Module]) -> list[tuple[nn.Parameter, ...]]:
+def parameter_copies(replicas: Sequence[nn.Module]) -> list[tuple[nn.Parameter, ...]]:
     """For each parameter of the model its copies, one a replica.
 
     Raises:
@@ -131,10 +135,10 @@ def parameter_copies(replicas: list[nn.Module]) -> list[tuple[nn.Parameter, ...]
 
 
 def train_step(
-    replicas: list[nn.Module],
-    optimizers: list[torch.optim.Optimizer],
-    inputs: list[Tensor],
-    targets: list[Tensor],
+    replicas: Sequence[nn.Module],
+    optimizers: Sequence[torch.optim.Optimizer],
+    inputs: Tensors,
+    targets: Tensors,
     loss_function: Loss,
 ) -> list[Tensor]:
     """One step of data-parallel training; returns each shard's part of the mean loss.
@@ -166,7 +170,7 @@ def _require_own_parameters(
         )
 
 
-def _require_one_a_replica(replicas: list[nn.Module], **lists: list) -> None:
+def _require_one_a_replica(replicas: Sequence[nn.Module], **lists: Sequence) -> None:
     if any(len(values) != len(replicas) for values in lists.values()):
         counts = ", ".join(f"{len(values)} {name}" for name, values in lists.items())
         raise ValueError(f"{len(replicas)} replicas need as many of each: there are {counts}")

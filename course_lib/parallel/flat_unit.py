@@ -8,7 +8,7 @@ Data Parallel", 2023); FSDP2 shards each parameter along its first dimension ins
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -63,7 +63,7 @@ class FlatUnit:
         self.set_rows([row.new_empty(0) for row in self.rows])
 
     def take_gradients(self) -> list[Tensor]:
-        gradients = [row.grad for row in self.rows]
+        gradients = [row.grad for row in self.rows if row.grad is not None]
         for row in self.rows:
             row.grad = None
         return gradients
@@ -116,7 +116,7 @@ class FlatUnit:
         cut = zip(self.names, self.places, self.shapes, strict=True)
         return {name: row[place].view(shape).clone() for name, place, shape in cut}
 
-    def row_of(self, values: dict[str, Tensor]) -> Tensor:
+    def row_of(self, values: Mapping[str, Tensor]) -> Tensor:
         """The row, zeros included, of one tensor for each of the parameters."""
         row = torch.cat([values[name].detach().flatten() for name in self.names])
         return nn.functional.pad(row, (0, -len(row) % len(self.rows)))

@@ -7,7 +7,7 @@ What lesson 03 derives. ``torch.nn.parallel.DistributedDataParallel`` does the s
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class GradientBuckets:
             replicas have different parameters.
     """
 
-    def __init__(self, replicas: list[nn.Module], bucket_bytes: int) -> None:
+    def __init__(self, replicas: Sequence[nn.Module], bucket_bytes: int) -> None:
         if not bucket_bytes > 0:
             raise ValueError(f"a bucket holds at least one byte: bucket_bytes={bucket_bytes}")
         copies = parameter_copies(replicas)
@@ -51,8 +51,8 @@ class GradientBuckets:
         self._sides = SideStreams(self.devices)
         self._is_on = self._is_finished = True
         for number, bucket in enumerate(self.buckets):
-            for index, copies in enumerate(bucket.group):
-                for rank, parameter in enumerate(copies):
+            for index, parameters in enumerate(bucket.group):
+                for rank, parameter in enumerate(parameters):
                     self._add_hooks(parameter, number, index, rank)
 
     def _add_hooks(self, parameter: nn.Parameter, number: int, index: int, rank: int) -> None:

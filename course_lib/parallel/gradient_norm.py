@@ -34,8 +34,9 @@ def clip_gradients(model: nn.Module | Sequence[nn.Module], max_norm: float) -> T
     Raises:
         ValueError: no parameter has a gradient, or ``max_norm`` is not positive.
     """
-    is_one = isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList)
-    replicas = [model] if is_one else list(model)
+    if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList):
+        model = [model]
+    replicas = list(model)
     gradients = [p.grad for each in replicas for p in each.parameters() if p.grad is not None]
     counted = _gradients_counted_once(replicas[0]) if replicas else []
     return clip_together(counted, gradients, max_norm)

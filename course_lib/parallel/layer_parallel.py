@@ -94,7 +94,7 @@ def balanced_cuts(costs: Sequence[float], stage_count: int) -> list[int]:
         raise ValueError(f"cannot cut {count} layers into {stage_count} non-empty stages")
     total = [0.0, *accumulate(costs)]
     # best[i] is (cost of the costliest stage, cuts) for the first i layers.
-    best = {i: (total[i], []) for i in range(1, count + 1)}
+    best: dict[int, tuple[float, list[int]]] = {i: (total[i], []) for i in range(1, count + 1)}
     for stages in range(2, stage_count + 1):
         best = {
             end: min(

@@ -94,7 +94,7 @@ class MeshReplica(nn.Module):
 
     def __init__(self, gpt: GPT, groups: Sequence[Devices]) -> None:
         super().__init__()
-        embedding, *blocks, head = gpt
+        embedding, blocks, head = gpt.parts()
         count = len(groups)
         if len(blocks) < count:
             raise ValueError(f"{len(blocks)} blocks cannot fill {count} pipeline stages")
@@ -133,10 +133,10 @@ class MeshGPT(nn.Module):
         super().__init__()
         self.mesh = mesh
         data, stages, ranks = (range(mesh.shape[axis]) for axis in AXES)
-        self.replicas = nn.ModuleList(
-            MeshReplica(gpt, [[mesh.devices[mesh.rank(d, p, t)] for t in ranks] for p in stages])
-            for d in data
-        )
+        self._groups = [
+            [[mesh.devices[mesh.rank(d, p, t)] for t in ranks] for p in stages] for d in data
+        ]
+        self.replicas = nn.ModuleList(MeshReplica(gpt, groups) for groups in self._groups)
 
     def place(self, tokens_BT: Tensor, targets_BT: Tensor, microbatches: int) -> Placed:
         """Put a batch where a step needs it: tokens where a replica begins, targets where it ends.
@@ -159,7 +159,7 @@ class MeshGPT(nn.Module):
         placed: Placed = [[] for _ in self.replicas]
         for number, (x, y, its_count) in enumerate(zip(xs, parts, counts, strict=True)):
             place = number // microbatches
-            groups = self.replicas[place].groups
+            groups = self._groups[place]
             share = its_count / max(sum(counts), 1)
             placed[place].append((x.to(groups[0][0]), y.to(groups[-1][0]), share))
         return placed

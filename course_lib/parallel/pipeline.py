@@ -188,7 +188,8 @@ class _Run:
             if tensor.requires_grad and (gradient is not None or stage == self.last)
         ]
         if used:
-            torch.autograd.backward(*zip(*used, strict=True))
+            outputs, their_gradients = zip(*used, strict=True)
+            torch.autograd.backward(outputs, their_gradients)
         if stage > self.lowest:
             of_inputs = tuple(tensor.grad for tensor in tensors_in(x))
             self.send("B", of_inputs, stage, stage - 1, microbatch)

@@ -24,6 +24,7 @@ all of them, with ``torch.autograd.backward(losses)``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,13 +37,15 @@ class _Border(torch.autograd.Function):
     """One collective on the way there, another on the way back; called alike, with lists."""
 
     @staticmethod
-    def forward(ctx, there: Callable, back: Callable, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, there: Callable, back: Callable, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.there, ctx.back = there, back
         return tuple(there(tensors))
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         missing = [gradient is None for gradient in gradients]
         if all(missing):
             return None, None, *gradients

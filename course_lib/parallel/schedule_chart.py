@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from course_lib.parallel.schedules import Schedule, Step, in_order
 
@@ -72,7 +72,10 @@ def draw(schedule: Schedule, ax: Axes | None = None, **durations: float) -> Axes
         device = schedule.placement[step.stage]
         earlier_stages = schedule.placement[: step.stage].count(device)
         _, colour, ink = looks[step.kind]
-        look = {"facecolor": (colour, 1 / (1 + earlier_stages)), "edgecolor": "white"}
+        look: dict[str, Any] = {
+            "facecolor": (colour, 1 / (1 + earlier_stages)),
+            "edgecolor": "white",
+        }
         look["linewidth"] = 1 if end - begin > 0.01 * whole else 0.4  # a frame hides a narrow box
         ax.broken_barh([(begin, end - begin)], (device - 0.4, 0.8), **look)
         ink = style.INK if earlier_stages else ink

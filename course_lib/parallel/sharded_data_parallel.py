@@ -11,7 +11,7 @@ Parameter Models", 2020. PyTorch's own are ``ZeroRedundancyOptimizer`` (stage 1)
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -98,7 +98,7 @@ class Sharded:
     def _place(
         self,
         unit: FlatUnit,
-        values: dict[str, Tensor],
+        values: Mapping[str, Tensor],
         make_optimizer: MakeOptimizer,
         options_of: OptionsOf | None,
     ) -> None:
@@ -190,7 +190,7 @@ class Sharded:
             xs = [out.detach().requires_grad_() for out in outs]
         return kept, xs
 
-    def _backward(self, kept: list[tuple], grad_outputs: list[Tensor]) -> None:
+    def _backward(self, kept: list[tuple], grad_outputs: list[Tensor | None]) -> None:
         for unit, following in with_next(self.units[::-1]):
             xs, outs = kept.pop()
             with self._exchange.whole(unit, following):

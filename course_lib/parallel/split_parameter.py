@@ -40,20 +40,22 @@ class Shards(nn.ParameterList):
             raise ValueError("tensor parallelism needs at least one device")
         self.dimension, self.groups = dimension, groups
         self.partial_gradients = partial_gradients
-        parts = [whole] * len(devices) if dimension is None else self._cut(whole, len(devices))
+        parts = [whole] * len(devices)
+        if dimension is not None:
+            parts = self._cut(whole, dimension, len(devices))
         super().__init__(
             # A view would keep the whole in memory.
             nn.Parameter(part.detach().to(device, copy=True).contiguous(), whole.requires_grad)
             for part, device in zip(parts, devices, strict=True)
         )
 
-    def _cut(self, whole: Tensor, count: int) -> list[Tensor]:
-        rows = whole.shape[self.dimension] // self.groups
+    def _cut(self, whole: Tensor, dimension: int, count: int) -> list[Tensor]:
+        rows = whole.shape[dimension] // self.groups
         if rows < count:
             raise ValueError(f"cannot cut {rows} rows into {count} parts, one for each device")
-        grouped = whole.unflatten(self.dimension, (self.groups, rows))
-        parts = grouped.tensor_split(count, self.dimension + 1)
-        return [part.flatten(self.dimension, self.dimension + 1) for part in parts]
+        grouped = whole.unflatten(dimension, (self.groups, rows))
+        parts = grouped.tensor_split(count, dimension + 1)
+        return [part.flatten(dimension, dimension + 1) for part in parts]
 
     def join(self, parts: Tensors) -> Tensor:
         """The whole, on the host, of ``parts`` that are cut as these are, such as gradients."""
@@ -96,7 +98,7 @@ def unsplit(parallel: nn.Module, like: nn.Module) -> nn.Module:
             "the model that it was made of"
         )
     for parameter, shards in zip(parameters, split, strict=True):
-        joined = shards.join(shards)
+        joined = shards.join(list(shards))
         if joined.shape != parameter.shape:
             raise ValueError(
                 f"parts of a parameter of shape {tuple(joined.shape)} stand where the model has "

@@ -13,6 +13,8 @@ Shape suffixes are those of ``models``; a part of V is still V.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -68,7 +70,7 @@ class RowLinear(nn.Module):
         terms_TBD = [F.linear(x, weight) for x, weight in zip(xs, self.weight, strict=True)]
         sums_TBD = leave(terms_TBD, self.sequence_parallel)
         # Added to the sum: a bias in each device's term would count N times.
-        return _add(sums_TBD, self.bias) if self.bias else sums_TBD
+        return _add(sums_TBD, list(self.bias)) if self.bias else sums_TBD
 
 
 def _add(xs: Tensors, ys: Tensors) -> list[Tensor]:
@@ -82,7 +84,8 @@ class ParallelMLP(nn.Module):
         self, mlp: nn.Sequential, devices: Devices, sequence_parallel: bool = False
     ) -> None:
         super().__init__()
-        up, self.activation, down = mlp
+        layers: list[Any] = list(mlp)
+        up, self.activation, down = layers
         self.up = ColumnLinear(up, devices, sequence_parallel)
         self.down = RowLinear(down, devices, sequence_parallel)
 
@@ -186,7 +189,7 @@ class ParallelGPT(nn.Module):
 
     def __init__(self, gpt: GPT, devices: Devices, sequence_parallel: bool = False) -> None:
         super().__init__()
-        embedding, *blocks, head = gpt
+        embedding, blocks, head = gpt.parts()
         self.sequence_parallel = sequence_parallel
         self.token = VocabularyEmbedding(embedding.token, devices, sequence_parallel)
         self.position = Shards(

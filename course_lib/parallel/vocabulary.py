@@ -30,7 +30,7 @@ class VocabularyEmbedding(nn.Module):
         on_each = [tokens_TB.to(weight.device) for weight in self.weight]
         terms = [
             F.embedding(rows_TB, weight).masked_fill(absent_TB.unsqueeze(-1), 0)
-            for weight, rows_TB, absent_TB in _look_up(on_each, self.weight, 0)
+            for weight, rows_TB, absent_TB in _look_up(on_each, list(self.weight), 0)
         ]
         return leave(terms, self.sequence_parallel)
 

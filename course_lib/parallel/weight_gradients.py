@@ -34,7 +34,9 @@ class put_off_weight_gradients(TorchFunctionMode):
         super().__init__()
         self.pending = pending
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is not F.linear:
             return func(*args, **kwargs)
@@ -65,7 +67,14 @@ class _Linear(torch.autograd.Function):
     """``F.linear`` whose backward does not compute the weight's gradient."""
 
     @staticmethod
-    def forward(ctx, pending, hidden_weight, anchor, x, bias):
+    def forward(
+        ctx: Any,
+        pending: list[Pending],
+        hidden_weight: list[nn.Parameter],
+        anchor: Tensor,
+        x: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
         (weight,) = hidden_weight
         out = F.linear(x, weight, bias)
         ctx.pending, ctx.weight, ctx.types = pending, weight, (x.dtype, bias is not None)
@@ -74,7 +83,7 @@ class _Linear(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dtype, has_bias = ctx.types
         ctx.pending.append((ctx.weight, x.detach(), gradient))  # detached: its own graph can go

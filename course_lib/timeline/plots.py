@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,7 +14,7 @@ from course_lib import style
 if TYPE_CHECKING:  # a recording draws itself here
     from course_lib.timeline.recording import Trace
 
-LOOKS = {
+LOOKS: dict[str, dict[str, Any]] = {
     "matmul": {"facecolor": style.BLUE, "edgecolor": "white"},
     "other": {"facecolor": style.SKY, "edgecolor": "white"},
     "copy": {"facecolor": style.ORANGE, "edgecolor": "white", "hatch": "////"},
@@ -48,7 +48,7 @@ def _plot_timeline(trace: Trace, ax: Axes | None, title: str) -> Axes:
         stretches = np.column_stack([starts, ends - starts]) * scale
         edge = 0.5 if are_few else 0  # too many edges would hide the bars
         place = (rows.index(row) - 0.36, 0.72)
-        ax.broken_barh(stretches, place, linewidth=edge, **LOOKS[kind])
+        ax.broken_barh(stretches.tolist(), place, linewidth=edge, **LOOKS[kind])
     ax.set_yticks(range(len(rows)), [_row_name(trace, *row) for row in rows])
     for first in range(3, len(rows), 3) if trace.has_side_streams else ():
         ax.axhline(first - 0.5, color=style.PALE, linewidth=1, zorder=0)
@@ -62,7 +62,7 @@ def _plot_timeline(trace: Trace, ax: Axes | None, title: str) -> Axes:
     return ax
 
 
-def _bars(trace: Trace) -> dict[tuple[tuple[int, str], str], tuple[np.ndarray, np.ndarray]]:
+def _bars(trace: Trace) -> dict[tuple[tuple[int, str], str], np.ndarray]:
     """Starts and ends of the spans of each row and kind, in seconds."""
     times: dict[tuple, list[float]] = defaultdict(list)
     compute, send, receive = LANES if trace.has_side_streams else ("", "", "")

@@ -116,8 +116,11 @@ class Trace:
 
     def bytes_sent(self, device: torch.device) -> int:
         """Bytes that ``device`` sent to other devices."""
-        copies = (span for span in self.spans if span.route and None not in span.route)
-        return sum(span.bytes for span in copies if span.route[0] == device.index)
+        return sum(
+            span.bytes
+            for span in self.spans
+            if span.route and None not in span.route and span.route[0] == device.index
+        )
 
     def busy_seconds(self, index: int) -> float:
         """Seconds in which device ``index`` computed or copied."""
