@@ -45,6 +45,19 @@ def require_finite(tensors: Iterable[Tensor], what: str) -> None:
             raise Wrong(f"there is a number that is NaN or infinite in {what}.")
 
 
+def gradient_of(
+    tensor: Tensor, without: str = "there is no gradient.", facts: Facts | None = None
+) -> Tensor:
+    """The gradient that backward left in ``tensor``; raises if there is none.
+
+    Args:
+        without: what the verdict says then.
+    """
+    if tensor.grad is None:
+        raise Wrong(without, facts)
+    return tensor.grad
+
+
 def bytes_over_host(t: Trace) -> int:
     """Bytes that were copied to or from the host."""
     return sum(nbytes for route, nbytes in t.bytes_moved.items() if "host" in route)

@@ -32,7 +32,7 @@ def check_sum(sum_on_first: Callable[[list[Tensor]], Tensor]) -> Verdict:
                 f"tensors[{changed.index(True)}] is not what it was: += changes a tensor in "
                 "place. Start from a clone."
             )
-        expected = sum(originals)
+        expected = torch.stack(originals).sum(dim=0)
         if total.shape != expected.shape:
             raise Wrong(
                 f"the sum has shape {tuple(total.shape)}, and should have the shape of each "

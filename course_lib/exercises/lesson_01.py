@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from course_lib import format_bytes, hardware, timeline
-from course_lib.exercises.diagnosis import Unchanged, bytes_over_host, require_finite
+from course_lib.exercises.diagnosis import (
+    Unchanged,
+    bytes_over_host,
+    gradient_of,
+    require_finite,
+)
 from course_lib.exercises.verdict import Verdict, Wrong, check, require_number, right
 from course_lib.models import MLP
 
@@ -96,19 +101,18 @@ def check_accumulate(accumulate: Callable[[nn.Module, Tensor, Tensor, int], None
         x = torch.randn(pieces * size, 64, device=gpu)
         y = torch.randint(10, (pieces * size,), device=gpu)
         F.cross_entropy(model(x), y).backward()
-        expected = [parameter.grad.cpu() for parameter in model.parameters()]
+        expected = [gradient_of(parameter).cpu() for parameter in model.parameters()]
         model.zero_grad()
         _backward(model, x[:size], y[:size])  # so that the next piece meets gradients, as most do
-        gradients = sum(parameter.grad.nbytes for parameter in model.parameters())
-        one_piece = gradients + _peak(gpu, lambda: _backward(model, x[:size], y[:size]))
+        nbytes = sum(gradient_of(parameter).nbytes for parameter in model.parameters())
+        one_piece = nbytes + _peak(gpu, lambda: _backward(model, x[:size], y[:size]))
         model.zero_grad()
         unchanged = Unchanged({"the model's parameters": model, "the images": x, "the labels": y})
         with timeline.trace() as t:
             peak = _peak(gpu, lambda: accumulate(model, x, y, pieces))
         unchanged.require()
-        gradients = [parameter.grad for parameter in model.parameters()]
-        if any(gradient is None for gradient in gradients):
-            raise Wrong("the parameters have no gradients: call .backward() on each piece's loss.")
+        without = "the parameters have no gradients: call .backward() on each piece's loss."
+        gradients = [gradient_of(parameter, without) for parameter in model.parameters()]
         require_finite(gradients, "the gradients")
         _require_gradients([gradient.cpu() for gradient in gradients], expected, pieces)
         facts = [("peak memory", format_bytes(peak), f"at most {format_bytes(1.2 * one_piece)}")]
@@ -146,12 +150,12 @@ def _require_gradients(gradients: list[Tensor], expected: list[Tensor], pieces: 
             f"the gradient is {pieces} times too small: each piece's mean is divided by the "
             "number of pieces once, not twice."
         )
-    scale = sum((a * b).sum() for a, b in zip(gradients, expected, strict=True)) / sum(
-        (b**2).sum() for b in expected
+    scale = sum((a * b).sum().item() for a, b in zip(gradients, expected, strict=True)) / sum(
+        (b**2).sum().item() for b in expected
     )
     if scale and close(1 / scale):
         raise Wrong(
-            f"the gradient is {float(scale):,.4g} times what it should be. How many pieces did you "
+            f"the gradient is {scale:,.4g} times what it should be. How many pieces did you "
             "make, and by what did you divide? x.chunk(n) makes n pieces, x.split(n) pieces of n."
         )
     raise Wrong(

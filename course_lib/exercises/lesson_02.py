@@ -13,6 +13,7 @@ from course_lib import format_bytes, hardware, timeline
 from course_lib.exercises.diagnosis import (
     Facts,
     Unchanged,
+    gradient_of,
     require_finite,
     require_not_over_host,
 )
@@ -69,8 +70,7 @@ def _require_case(mended_gradients: Callable, case: _Case, gpus: list[torch.devi
     with timeline.trace() as t:
         mended_gradients(replicas, list(xs), list(ys), case.loss_function)
     unchanged.require()
-    learning = [p for p in case.model.parameters() if p.requires_grad]
-    nbytes = sum(p.nbytes for p in learning)
+    nbytes = sum(p.nbytes for p in case.model.parameters() if p.requires_grad)
     facts = [("bytes moved", format_bytes(t.bytes_between_devices), format_bytes(4 * nbytes))]
     require_not_over_host(t, f"{case.words}, gradients", facts, least=nbytes)
     case.loss_function(case.model(case.x), case.y).backward()
@@ -82,10 +82,11 @@ def _require_case(mended_gradients: Callable, case: _Case, gpus: list[torch.devi
                 if ours.grad is not None:
                     raise Wrong(f"{case.words}, {name} is frozen and has a gradient.", facts)
                 continue
-            _require_gradient(case.words, rank, name, ours.grad, theirs.grad, facts)
+            _require_gradient(case.words, rank, name, ours.grad, gradient_of(theirs), facts)
     for replica in replicas[1:]:
         pairs = zip(replica.parameters(), replicas[0].parameters(), strict=True)
-        if any(a.requires_grad and not torch.equal(a.grad.cpu(), b.grad.cpu()) for a, b in pairs):
+        learning = [(gradient_of(a), gradient_of(b)) for a, b in pairs if a.requires_grad]
+        if not all(torch.equal(a.cpu(), b.cpu()) for a, b in learning):
             raise Wrong(f"{case.words}, the replicas differ in the last bit: copy one sum.", facts)
     if t.bytes_between_devices > 4 * nbytes:
         raise Wrong(f"{case.words}, more bytes moved than one exchange takes.", facts)
@@ -188,19 +189,18 @@ def check_once(accumulate_and_exchange: Callable) -> Verdict:
         unchanged.require()
         moved, target = t.bytes_between_devices, 2 * 2 * 4 * parameter_count(model)
         facts = [("bytes moved", format_bytes(moved), format_bytes(target))]
+        gradients = []
         for rank, replica in enumerate(replicas):
-            if any(p.grad is None for p in replica.parameters()):
-                raise Wrong(f"replica {rank} has no gradients.", facts)
-            require_finite(
-                [p.grad for p in replica.parameters()], f"the gradients of replica {rank}"
-            )
+            without = f"replica {rank} has no gradients."
+            ours = [gradient_of(p, without, facts).cpu() for p in replica.parameters()]
+            require_finite(ours, f"the gradients of replica {rank}")
+            gradients.append(ours)
         require_not_over_host(t, "gradients", facts, least=4 * parameter_count(model))
         if moved == 0:
             raise Wrong("nothing was exchanged: each replica has the gradient of its own shards.")
         _require_one_exchange(moved, target, facts)
-        for replica in replicas:
-            _require_gradients(replica, model, facts)
-        gradients = [[p.grad.cpu() for p in replica.parameters()] for replica in replicas]
+        for ours in gradients:
+            _require_gradients(ours, model, facts)
         for others in gradients[1:]:
             if not all(torch.equal(a, b) for a, b in zip(gradients[0], others, strict=True)):
                 raise Wrong("the replicas' gradients differ in the last bit: copy one result.")
@@ -226,14 +226,12 @@ def _require_one_exchange(moved: int, target: int, facts: Facts) -> None:
         )
 
 
-def _require_gradients(replica: nn.Module, model: nn.Module, facts: Facts) -> None:
-    pairs = [
-        (a.grad.cpu(), b.grad)
-        for a, b in zip(replica.parameters(), model.parameters(), strict=True)
-    ]
+def _require_gradients(gradients: list[Tensor], model: nn.Module, facts: Facts) -> None:
+    expected = [gradient_of(parameter) for parameter in model.parameters()]
+    pairs = list(zip(gradients, expected, strict=True))
     if all(torch.allclose(a, b, atol=1e-6) for a, b in pairs):
         return
-    scale = sum((a * b).sum() for a, b in pairs) / sum((b**2).sum() for _, b in pairs)
+    scale = sum((a * b).sum().item() for a, b in pairs) / sum((b**2).sum().item() for _, b in pairs)
     if all(torch.allclose(a, scale * b, atol=1e-5) for a, b in pairs):
         raise Wrong(
             f"the gradient points the right way and is {scale:.2f} times what it should be: by "

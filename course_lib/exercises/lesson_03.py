@@ -15,6 +15,7 @@ from course_lib import CLASSROOM, format_bytes, hardware, timeline
 from course_lib.exercises.diagnosis import (
     Facts,
     Unchanged,
+    gradient_of,
     require_finite,
     require_not_over_host,
 )
@@ -114,6 +115,9 @@ def check_launch(on_full: Callable[[_Process, int], None]) -> Verdict:
 class _Process(SimpleNamespace):
     """What ``on_full`` sees of a process; keeps which buckets were started in this step."""
 
+    count: int
+    started: list[int]
+
     def __init__(self, count: int) -> None:
         super().__init__(count=count, notes={}, started=[])
 
@@ -148,11 +152,11 @@ def check_accumulate(accumulate: Callable[..., None]) -> Verdict:
         microbatches = [_on(gpus, shards) for shards in batches]
         with timeline.trace() as t:
             accumulate(replicas, buckets, microbatches, F.cross_entropy)
-            gradients = [[p.grad for p in replica.parameters()] for replica in replicas]
-            for rank, ours in enumerate(gradients):
-                if any(gradient is None for gradient in ours):
-                    raise Wrong(f"the replica on GPU {rank} has no gradients.")
-                gradients[rank] = torch.cat([gradient.flatten() for gradient in ours])
+            gradients = []
+            for rank, replica in enumerate(replicas):
+                without = f"the replica on GPU {rank} has no gradients."
+                ours = [gradient_of(parameter, without) for parameter in replica.parameters()]
+                gradients.append(torch.cat([gradient.flatten() for gradient in ours]))
         unchanged.require()
         nbytes = sum(p.nbytes for p in model.parameters())
         moved, target = t.bytes_between_devices, 2 * (len(gpus) - 1) * nbytes
@@ -167,11 +171,11 @@ def check_accumulate(accumulate: Callable[..., None]) -> Verdict:
         if not moved:
             raise Wrong("nothing was exchanged: each GPU has the gradient of its own shards.")
         expected = _gradients(model, batches)
-        for rank, ours in enumerate(gradients):
-            ours = ours.cpu()
-            require_finite([ours], f"the gradients on GPU {rank}")
-            if not torch.allclose(ours, expected, atol=1e-6):
-                raise Wrong(f"on GPU {rank}: {_likely(ours, expected, batches, model)}", facts)
+        for rank, gradient in enumerate(gradients):
+            gradient = gradient.cpu()
+            require_finite([gradient], f"the gradients on GPU {rank}")
+            if not torch.allclose(gradient, expected, atol=1e-6):
+                raise Wrong(f"on GPU {rank}: {_likely(gradient, expected, batches, model)}", facts)
         if t.hazards:
             raise Wrong(
                 f"a wait is missing: {t.hazards[0]} Is finish() called after the last backward?",
@@ -208,7 +212,7 @@ def _gradients(model: nn.Module, batches: list) -> Tensor:
     single = copy.deepcopy(model)
     xs, ys = zip(*[shard for shards in batches for shard in shards], strict=True)
     F.cross_entropy(single(torch.cat(xs)), torch.cat(ys)).backward()
-    return torch.cat([parameter.grad.flatten() for parameter in single.parameters()])
+    return torch.cat([gradient_of(parameter).flatten() for parameter in single.parameters()])
 
 
 def _likely(ours: Tensor, expected: Tensor, batches: list, model: nn.Module) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from course_lib import CLASSROOM, hardware, timeline
-from course_lib.exercises.diagnosis import require_finite
+from course_lib.exercises.diagnosis import gradient_of, require_finite
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
 from course_lib.parallel.pipeline import Pipeline
 from course_lib.parallel.schedule_chart import draw, step_times
@@ -102,7 +102,7 @@ def _run(schedule: Schedule) -> timeline.Trace:
             model.forward_backward(schedule, x_first, y_last, F.cross_entropy)
         F.cross_entropy(layers(x), y).backward()
         for ours, single in zip(model.parameters(), layers.parameters(), strict=True):
-            assert torch.allclose(ours.grad.cpu(), single.grad)
+            assert torch.allclose(gradient_of(ours).cpu(), gradient_of(single))
     return t
 
 
@@ -145,8 +145,8 @@ def check_share(microbatch_loss: Callable[[Tensor, Tensor, int, int, int], Tenso
         ours = torch.cat(gradients)
         require_finite([ours], "the gradient of the scores")
         where = f"for microbatches of {sizes} examples, of which {padding} are padding, "
-        if not torch.allclose(ours, whole.grad, atol=1e-7):
-            likely = _likely(ours, whole.grad, sizes, counts, stages)
+        if not torch.allclose(ours, gradient_of(whole), atol=1e-7):
+            likely = _likely(ours, gradient_of(whole), sizes, counts, stages)
             raise Wrong(f"{where}on {stages} stages, it is not the batch's gradient. {likely}")
     return right("even and uneven microbatches, with padding, and one that is all padding.")
 
@@ -237,6 +237,7 @@ def _explain(
         return min(m, p) * (B // m) * bytes_an_example
 
     if m is None:
+        assert expected is not None  # or the two would be equal
         return (
             f"Of {expected} microbatches the first GPU holds {min(expected, p)} at most, "
             f"{needed(expected):,} bytes: they fit."

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from course_lib import hardware, timeline
-from course_lib.exercises.diagnosis import Unchanged, known_mistake, require_finite
+from course_lib.exercises.diagnosis import Unchanged, gradient_of, known_mistake, require_finite
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
 
 _State = tuple[Tensor, Tensor, Tensor]  # output, largest score, sum
@@ -43,7 +44,7 @@ def _copies(blocks: list[_State]) -> list[Tensor]:
     return [each.clone() for block in blocks for each in block]
 
 
-def _judge_merge(state: object, expected: _State, where: str, blocks: list[_State]) -> None:
+def _judge_merge(state: Any, expected: _State, where: str, blocks: list[_State]) -> None:
     is_state = isinstance(state, (list, tuple)) and all(isinstance(each, Tensor) for each in state)
     if not is_state or len(state) != 3:
         raise Wrong("return three tensors: the output, the largest score, the sum.")
@@ -101,7 +102,7 @@ def check_meet(meet: Callable[[int, int, int], Sequence[Sequence[str]]]) -> Verd
     return right("every pair that is needed, and no other; all GPUs always do the same work.")
 
 
-def _require_words(rows: object, where: str) -> None:
+def _require_words(rows: Any, where: str) -> None:
     if rows is None:
         raise Wrong("your function returned None: is a return statement missing?")
     is_table = isinstance(rows, (list, tuple)) and len(rows) == 2
@@ -158,9 +159,10 @@ def check_back(block_backward: Callable[..., Sequence[Tensor]]) -> Verdict:
     q, grad = torch.randn(2, n, d, dtype=torch.float64)
     k, v = (torch.randn(9, d, dtype=torch.float64) for _ in range(2))
     leaves = [each.clone().requires_grad_() for each in (q, k, v)]
-    out = F.scaled_dot_product_attention(*(each[None] for each in leaves))[0]
+    one_q, one_k, one_v = (leaf[None] for leaf in leaves)
+    out = F.scaled_dot_product_attention(one_q, one_k, one_v)[0]
     out.backward(grad)
-    expected_q, expected_k, expected_v = (leaf.grad for leaf in leaves)
+    expected_q, expected_k, expected_v = (gradient_of(leaf) for leaf in leaves)
     log_sum = (q @ k.T / d**0.5).logsumexp(-1, keepdim=True)
     dot = (grad * out.detach()).sum(-1, keepdim=True)
     q_total = torch.zeros_like(q)
@@ -266,7 +268,7 @@ def _judge_losses(
     whole = scores.clone().requires_grad_()
     expected = F.cross_entropy(whole.flatten(0, 1), targets.flatten())
     expected.backward()
-    total = sum(loss.detach().cpu().sum() for loss in losses)
+    total = sum((loss.detach().cpu().sum() for loss in losses), start=torch.zeros(()))
     if not torch.allclose(total, expected.detach(), atol=1e-5):
         raise Wrong(f"{where}{_loss_mistake(total, expected.detach(), scores, targets)}")
     for rank, loss in enumerate(losses):
@@ -278,7 +280,7 @@ def _judge_losses(
     torch.autograd.backward(list(losses))
     gradients = [torch.zeros_like(part) if part.grad is None else part.grad for part in parts]
     gradient = torch.stack([each.cpu() for each in gradients])
-    if not torch.allclose(gradient, whole.grad, atol=1e-6):
+    if not torch.allclose(gradient, gradient_of(whole), atol=1e-6):
         raise Wrong(f"{where}the sum is right, and its gradient is not that of the mean.")
 
 

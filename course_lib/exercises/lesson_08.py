@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from course_lib import format_bytes, hardware, timeline
+from course_lib.exercises.diagnosis import gradient_of
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
 from course_lib.parallel.data_parallel import replicate
 
@@ -231,7 +232,7 @@ def _judge_shards(
     model.zero_grad()
     model(inputs).square().sum().backward()
     for name, parameter in model.named_parameters():
-        total = parameter.grad.chunk(len(gpus))
+        total = gradient_of(parameter).chunk(len(gpus))
         for rank, (ours, wanted, gpu) in enumerate(zip(shards, total, gpus, strict=True)):
             if name not in ours:
                 raise Wrong(f"shards[{rank}] has no {name!r} after backward.", facts)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import product
 from numbers import Real
+from typing import Any
 
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
 
@@ -44,7 +45,7 @@ def _groups(data: int, pipeline: int, tensor: int) -> tuple[list, list, list]:
     )
 
 
-def _sorted_groups(groups: object, which: str) -> list[list[int]]:
+def _sorted_groups(groups: Any, which: str) -> list[list[int]]:
     try:
         return sorted([int(rank) for rank in group] for group in groups)
     except (TypeError, ValueError):
@@ -159,7 +160,7 @@ def check_choose(choose_mesh: Callable[..., tuple[int, int, int] | None]) -> Ver
     return right("the least model parallelism that fits.")
 
 
-def _mesh_or_none(answer: object) -> tuple | None:
+def _mesh_or_none(answer: Any) -> tuple | None:
     if answer is None:
         return None
     is_mesh = isinstance(answer, (list, tuple)) and len(answer) == 3
@@ -176,8 +177,7 @@ def _choose_hint(
         return " This one fits."
     data, pipeline, tensor = answer
     # Where one is 1, or two are alike, another order can be another mistake.
-    order_shows = expected is not None and len({1, *expected}) == 4
-    if order_shows and sorted(answer) == sorted(expected):
+    if expected and len({1, *expected}) == 4 and sorted(answer) == sorted(expected):
         return " The sizes are right, and their order is (data, pipeline, tensor)."
     if data * pipeline * tensor != N:
         return f" It must use all {N} GPUs."
@@ -185,7 +185,7 @@ def _choose_hint(
         return " A tensor group must stay inside a node."
     if pipeline > layers:
         return " There are not so many layers."
-    if 16 * load > pipeline * tensor:
+    if 16 * load > pipeline * tensor or expected is None:
         return " It does not fit."
     if data < expected[0]:
         return " A mesh with more data parallelism fits."
