@@ -35,9 +35,9 @@ order in which their copies are ready; the host that fills the queues; reads tha
 host wait; a roofline time for each operator; memory counted once for each piece of storage.
 
 What is not: caches, kernels that reach less than the peak, two kernels that share the cores,
-contention inside NVLink or in a switch, the rounding of allocations and the fragmentation of memory, CUDA graphs,
-``torch.compile``, sparse and quantized tensors, and the order in which a real GPU adds numbers up:
-results here are the CPU's, bit for bit.
+contention inside NVLink or in a switch, the rounding of allocations and the fragmentation of
+memory, CUDA graphs, ``torch.compile``, sparse and quantized tensors, and the order in which a real
+GPU adds numbers up: results here are the CPU's, bit for bit.
 
 What differs from CUDA in use:
 
