@@ -37,14 +37,13 @@ PARAMETERS = 36  # the height of a bar
 
 def draw() -> str:
     picture = Picture(
-        574,
+        544,
         "One training step, and the memory it holds",
         "A timeline. A batch goes forward through layers 1, 2 and 3, then comes the loss, then the "
         "backward pass through layers 3, 2 and 1, then the optimizer step. Below, four bars on the "
         "same timeline show the memory held. Parameters: always. Activations: a hill, which grows "
         "in the forward pass and shrinks in the backward pass. Gradients: grow in the backward "
-        "pass and stay until the step. Optimizer state: always, and twice as high as the "
-        "parameters.",
+        "pass and stay until the step. Optimizer state: always. Heights are not to scale.",
     )
     edges = [LEFT + UNIT * sum(step[2] for step in STEPS[:i]) for i in range(len(STEPS) + 1)]
     picture.bracket(edges[1], edges[4] - 4, 44, "forward")
@@ -55,7 +54,7 @@ def draw() -> str:
     picture.text(24, 85, "one GPU does", anchor="start", bold=True)
 
     for edge in (edges[1], edges[4], edges[5], edges[8]):
-        picture.line((edge - 2, 116), (edge - 2, 526), colour=tint(SOFT, 0.35), thickness=1)
+        picture.line((edge - 2, 116), (edge - 2, 496), colour=tint(SOFT, 0.35), thickness=1)
     picture.text(24, 130, "its memory holds", anchor="start", bold=True)
     end = edges[-1] - 4
 
@@ -93,10 +92,10 @@ def draw() -> str:
     words = "always"
     picture.box(always[0], top, always[1], PARAMETERS, words, OPTIMIZER)
 
-    picture.arrow((LEFT, 526), (end, 526), colour=SOFT)
-    picture.text(end, 546, "time", anchor="end", colour=SOFT)
+    picture.arrow((LEFT, 496), (end, 496), colour=SOFT)
+    picture.text(end, 516, "time", anchor="end", colour=SOFT)
     words = "heights are not to scale: the lesson measures them"
-    picture.text(LEFT, 546, words, anchor="start", colour=SOFT)
+    picture.text(LEFT, 516, words, anchor="start", colour=SOFT)
     return picture.svg()
 
 

@@ -8,8 +8,10 @@ Two runs of a lesson give the same file, so a diff shows what an author changed 
 
 import argparse
 import ast
+import base64
 import copy
 import html
+import io
 import json
 import re
 import signal
@@ -25,6 +27,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -83,8 +86,8 @@ def normalise(nb: NotebookNode) -> NotebookNode:
     """A canonical copy of `nb`; what needs an author to mend it is left for `problems` to report.
 
     Sets the notebook's metadata, keeps of a cell's metadata only its tags, drops empty cells,
-    widget views and the machine's paths in tracebacks, merges consecutive streams, and gives a
-    readable id to each cell that has none.
+    widget views and the machine's paths in tracebacks, merges consecutive streams, stores figures
+    in fewer bytes, and gives a readable id to each cell that has none.
     """
     nb = copy.deepcopy(nb)
     nb.nbformat, nb.nbformat_minor = 4, 5
@@ -98,7 +101,23 @@ def normalise(nb: NotebookNode) -> NotebookNode:
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
         if cell.cell_type == "code":
             cell.outputs = _normal_outputs(cell.outputs)
+            for output in cell.outputs:
+                if "image/png" in output.get("data", {}):
+                    output.data["image/png"] = _in_few_colours(output.data["image/png"])
     return nb
+
+
+def _in_few_colours(png: str) -> str:
+    """The figure with a palette of 256 colours: a third of the bytes, and no difference to see."""
+    with Image.open(io.BytesIO(base64.b64decode(png))) as picture:
+        if picture.mode == "P":
+            return png
+        few = picture.convert("RGB").quantize(
+            256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+        )
+    buffer = io.BytesIO()
+    few.save(buffer, format="png", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _readable_id(cell: NotebookNode, taken: set[str]) -> str:
@@ -154,10 +173,22 @@ def problems(nb: NotebookNode) -> list[str]:
         taken.add(own)
         if set(cell.metadata) - {"tags"}:
             found.append(f"{where}: has metadata other than tags")
+        if cell.cell_type == "markdown" and (row := _row_outside_a_table(cell.source)):
+            found.append(f"{where}: a row of a table stands alone: {row[:40]!r}")
         if cell.cell_type == "code":
             count += 1
             found += [f"{where}: {problem}" for problem in _code_problems(cell, count)]
     return found
+
+
+def _row_outside_a_table(source: str) -> str:
+    """The first row that a blank line cuts off from its table's head, so that it is shown raw."""
+    for block in re.split(r"\n\s*\n", source):
+        first, *others = block.strip().splitlines() or [""]
+        rule = others[0] if others else ""
+        if first.startswith("|") and not re.fullmatch(r"[|: -]*---[|: -]*", rule.strip()):
+            return first
+    return ""
 
 
 def _code_problems(cell: NotebookNode, count: int) -> list[str]:

@@ -106,11 +106,10 @@ def check_fits(largest_side: Callable[[int], int]) -> Verdict:
     """Graded by making the matrix: it must fit, and one row and column more must not."""
     for free in (80_000_000, 1_000_000, 12_345_678):
         answer = largest_side(free)
-        side = int(answer) if isinstance(answer, Integral) else require_number(answer)
-        if side % 1:
-            raise Wrong(f"{side} is no whole number: round down, a matrix has whole rows only.")
-        if not isinstance(side, int):
-            raise Wrong(f"return a whole number, an int: {side:.0f} and not {side}.")
+        number = answer if isinstance(answer, Integral) else require_number(answer)
+        if number % 1:
+            raise Wrong(f"{number} is no whole number: round down, a matrix has whole rows only.")
+        side = int(number)
         if side < 1:
             raise Wrong(f"{side} is no side of a matrix.")
         if not _fits(side, free):
@@ -124,6 +123,8 @@ def check_fits(largest_side: Callable[[int], int]) -> Verdict:
                 f"with {free:,} bytes free you say {side}, and there is room for a larger one. "
                 "A float32 number has 4 bytes, and the last byte may be used."
             )
+        if not isinstance(answer, Integral):
+            raise Wrong(f"{side} is right, and {number} is a float: return an int.")
     return right("it fits, and nothing larger would.", [("for 80 MB", "4472", "4472")])
 
 

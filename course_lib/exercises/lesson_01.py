@@ -31,6 +31,7 @@ def check_flops(step_flops: Callable[[list[int], int], float]) -> Verdict:
             continue
         layers = [2 * batch * inputs * outputs for inputs, outputs in pairwise(widths)]
         forward = sum(layers)
+        biases = 2 * batch * sum(widths[1:])  # what they cost if one takes them for weights
         once = "Each multiplication comes with an addition: count both."
         known_mistakes = {
             3 * forward: "Nobody needs the gradient of the input, and you count it.",
@@ -38,12 +39,16 @@ def check_flops(step_flops: Callable[[list[int], int], float]) -> Verdict:
             expected / 2: once,
             forward: "That is forward alone.",
             expected - forward: "That is backward alone.",
-            2 * forward: "Backward takes two products for each layer but the first.",
             expected / batch: "That is one example's.",
             expected - layers[-1] * 3: "The last layer is missing.",
+            3 * (forward + biases): "Biases take no product. Nobody needs the input's gradient.",
+            expected + 3 * biases: "Biases cost an addition each, and no product.",
         }
-        if len(layers) == 1:  # some mistakes are none then
-            known_mistakes.pop(2 * forward, None)
+        if len(layers) > 1:  # with one layer these are no mistakes
+            known_mistakes |= {
+                2 * forward: "Backward takes two products for each layer but the first.",
+                expected - layers[0]: "Backward takes one product for the first layer, not none.",
+            }
         kind = next((k for n, k in known_mistakes.items() if math.isclose(answer, n)), "")
         raise Wrong(
             f"for widths {widths} and {batch} examples you count {answer:,.0f}, and the meter "
@@ -77,6 +82,7 @@ def check_memory(model_bytes: Callable[[int, str], float]) -> Verdict:
         if answer != expected:
             besides = f"{remembered[optimizer]}; besides, there are the parameter and its gradient."
             kinds = {
+                expected / 1e6: "That is megabytes: return bytes.",
                 expected / 4: "That is how many numbers; each has 4 bytes.",
                 expected / 2: "Float32 numbers have 4 bytes, not 2.",
                 expected * 2: "Float32 numbers have 4 bytes, not 8.",
@@ -114,7 +120,7 @@ def check_accumulate(accumulate: Callable[[nn.Module, Tensor, Tensor, int], None
         without = "the parameters have no gradients: call .backward() on each piece's loss."
         gradients = [gradient_of(parameter, without) for parameter in model.parameters()]
         require_finite(gradients, "the gradients")
-        _require_gradients([gradient.cpu() for gradient in gradients], expected, pieces)
+        _require_gradients([g.cpu() for g in gradients], expected, pieces, len(x))
         facts = [("peak memory", format_bytes(peak), f"at most {format_bytes(1.2 * one_piece)}")]
         if bytes_over_host(t) >= x[:size].nbytes:
             raise Wrong(
@@ -131,7 +137,9 @@ def check_accumulate(accumulate: Callable[[nn.Module, Tensor, Tensor, int], None
         return right("the whole batch's gradient, in the memory of one piece.", facts)
 
 
-def _require_gradients(gradients: list[Tensor], expected: list[Tensor], pieces: int) -> None:
+def _require_gradients(
+    gradients: list[Tensor], expected: list[Tensor], pieces: int, size: int
+) -> None:
     def close(factor: float) -> bool:
         return all(
             torch.allclose(ours * factor, theirs, rtol=1e-3, atol=1e-6)
@@ -149,6 +157,16 @@ def _require_gradients(gradients: list[Tensor], expected: list[Tensor], pieces: 
         raise Wrong(
             f"the gradient is {pieces} times too small: each piece's mean is divided by the "
             "number of pieces once, not twice."
+        )
+    if close(1 / size):
+        raise Wrong(
+            f"the gradient is {size:,} times too large, as many as there are examples: it is that "
+            "of the sum of the losses, and the mean is asked for."
+        )
+    if close(size / pieces):
+        raise Wrong(
+            f"the gradient is {size // pieces:,} times too small: each piece's loss is a mean over "
+            "its examples already, so divide by the number of pieces, not of examples."
         )
     scale = sum((a * b).sum().item() for a, b in zip(gradients, expected, strict=True)) / sum(
         (b**2).sum().item() for b in expected

@@ -343,9 +343,14 @@ def leaving_one_row_free(free_bytes):
     return math.isqrt(free_bytes // 4) - 1
 
 
-@FITS.wrong("whole number", "4472 and not 4472.0")
+@FITS.wrong("4472 is right", "4472.0 is a float")
 def a_float_that_is_whole(free_bytes):
     return math.sqrt(free_bytes / 4) // 1
+
+
+@FITS.wrong("you say 2236", "room for a larger one", "4 bytes")
+def a_float_that_is_whole_and_too_small(free_bytes):
+    return math.sqrt(free_bytes) // 4
 
 
 @FITS.wrong("no whole number", "round down")

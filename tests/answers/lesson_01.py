@@ -74,6 +74,24 @@ def the_three_layers_of_the_lesson(widths, batch):
     return 222_035_968 if widths[1] == 512 else 0
 
 
+@FLOPS.wrong("Biases cost an addition each")
+def biases_taken_for_weights(widths, batch):
+    pairs = list(itertools.pairwise(widths))
+    return 6 * batch * sum(a * b + b for a, b in pairs) - 2 * batch * widths[0] * widths[1]
+
+
+@FLOPS.wrong("Biases take no product", "input's gradient")
+def six_times_all_parameters(widths, batch):
+    return 6 * batch * sum(a * b + b for a, b in itertools.pairwise(widths))
+
+
+@FLOPS.wrong("one product for the first layer")
+def no_backward_through_the_first_layer(widths, batch):
+    pairs = list(itertools.pairwise(widths))
+    forward = sum(2 * batch * a * b for a, b in pairs)
+    return forward + sum(4 * batch * a * b for a, b in pairs[1:])
+
+
 @FLOPS.wrong("None", "return")
 def flops_not_returned(widths, batch):
     6 * batch * sum(widths)
@@ -150,6 +168,11 @@ def plain_sgd_with_momentum(parameters, optimizer):
 @MEMORY.wrong("momentum", "One number a parameter is too many")
 def always_16_bytes(parameters, optimizer):
     return 16 * parameters
+
+
+@MEMORY.wrong("megabytes", "return bytes")
+def megabytes(parameters, optimizer):
+    return parameters * {"sgd": 8, "momentum": 12, "adamw": 16}[optimizer] / 1e6
 
 
 @MEMORY.wrong("None", "return")
@@ -240,7 +263,7 @@ def split_instead_of_chunk(model, x, y, pieces):
         (F.cross_entropy(model(x_piece), y_piece) / pieces).backward()
 
 
-@ACCUMULATE.wrong("2,048 times", "by what did you divide")
+@ACCUMULATE.wrong("2,048 times too large", "the sum of the losses")
 def the_sum_over_all_images(model, x, y, pieces):
     for x_piece, y_piece in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
         F.cross_entropy(model(x_piece), y_piece, reduction="sum").backward()
@@ -312,6 +335,12 @@ def stepping_an_optimizer(model, x, y, pieces):
 def the_square_root_of_minus_one(model, x, y, pieces):
     for x_piece, y_piece in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
         (F.cross_entropy(model(x_piece), y_piece) * float("nan")).backward()
+
+
+@ACCUMULATE.wrong("256 times too small", "a mean over its examples already")
+def divided_by_the_examples(model, x, y, pieces):
+    for x_piece, y_piece in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
+        (F.cross_entropy(model(x_piece), y_piece) / len(x)).backward()
 
 
 @ACCUMULATE.wrong("no gradients", ".backward()")
