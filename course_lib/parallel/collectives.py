@@ -94,7 +94,7 @@ def ring_all_reduce(tensors: Iterable[Tensor]) -> None:
             or dtypes differ.
     """
     tensors = matching(tensors)
-    _require_contiguous(tensors)
+    require_contiguous(tensors)
     chunks = [tensor.view(-1).tensor_split(len(tensors)) for tensor in tensors]
     ring = Ring([tensor.device for tensor in tensors])
     with ring.turning():
@@ -111,7 +111,7 @@ def reduce_scatter(tensors: Iterable[Tensor]) -> list[Tensor]:
     :func:`ring_all_reduce` does.
     """
     tensors = matching(tensors)
-    _require_contiguous(tensors)
+    require_contiguous(tensors)
     chunks = [tensor.tensor_split(len(tensors)) for tensor in tensors]
     ring = Ring([tensor.device for tensor in tensors])
     with ring.turning():
@@ -139,7 +139,7 @@ def all_gather(shards: Iterable[Tensor]) -> list[Tensor]:
             or dtypes do not fit.
     """
     shards = matching(shards, first_dimension=False)
-    _require_contiguous(shards)
+    require_contiguous(shards)
     if torch.is_grad_enabled() and any(shard.requires_grad for shard in shards):
         raise RuntimeError(
             "all_gather brings no gradients back to its shards: use regions.gather_sequence, or "
@@ -182,7 +182,8 @@ def matching(tensors: Iterable[Tensor], first_dimension: bool = True) -> list[Te
     return tensors
 
 
-def _require_contiguous(tensors: list[Tensor]) -> None:
+def require_contiguous(tensors: list[Tensor]) -> None:
+    """Raise a clear error if one of the tensors cannot be cut into chunks in place."""
     for rank, tensor in enumerate(tensors):
         if not tensor.is_contiguous():
             raise ValueError(

@@ -17,7 +17,7 @@ from course_lib.hardware import Event, Stream, current_stream, stream
 from course_lib.parallel.kinds import Devices, Tensors
 
 
-def _keep_for(stream: Stream, tensor: Tensor) -> None:
+def keep_for(stream: Stream, tensor: Tensor) -> None:
     """Give nobody else the memory of ``tensor`` before the work of ``stream`` on it is done."""
     tensor.record_stream(stream)  # type: ignore[arg-type]  # it knows only PyTorch's own streams
 
@@ -32,7 +32,7 @@ class Transfer:
         """The tensor; what its device does from now on waits until it is there."""
         here = current_stream(self._tensor.device)
         self._arrived.wait(here)
-        _keep_for(here, self._tensor)
+        keep_for(here, self._tensor)
         return self._tensor
 
 
@@ -52,7 +52,7 @@ class Link:
         self._sending.wait_stream(current_stream(tensor.device))
         with self._sending, self._receiving:
             arriving = tensor.to(self._destination)
-        _keep_for(self._sending, tensor)
+        keep_for(self._sending, tensor)
         return Transfer(arriving, self._receiving.record_event())
 
 
@@ -87,7 +87,7 @@ class SideStreams:
                     side.wait_stream(current_stream(tensor.device))
                 else:
                     ready[rank].wait(side)
-                _keep_for(side, tensor)
+                keep_for(side, tensor)
                 stack.enter_context(side)
             yield
 

@@ -89,10 +89,11 @@ def _plot_links(trace: Trace, ax: Axes | None, title: str) -> Axes:
     ax = ax or style.figure(height=1.6 + 0.26 * max(1, len(rows)))[1]
     unit, scale = _unit(trace.seconds)
     for place, end in enumerate(rows):
-        starts, ends = _merge(*np.array(busy[end]).T, gap=trace.seconds / 4000)
-        color = style.RED if end.is_card else style.ORANGE
+        starts, ends = np.array(busy[end]).T
+        starts, ends = _merge(starts, ends, gap=trace.seconds / 4000)
         stretches = np.column_stack([starts, ends - starts]) * scale
-        ax.broken_barh(stretches, (place - 0.36, 0.72), facecolor=color)
+        color = style.RED if end.is_card else style.ORANGE
+        ax.broken_barh(stretches.tolist(), (place - 0.36, 0.72), facecolor=color)
     ax.set_yticks(range(len(rows)), [_link_end_name(trace, end) for end in rows])
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_xlim(0, max(trace.seconds * scale, 1e-12))
@@ -113,12 +114,12 @@ def _link_ends(trace: Trace) -> dict[_LinkEnd, list[tuple[float, float]]]:
     """When each end of a link between GPUs was busy."""
     busy: dict[_LinkEnd, list[tuple[float, float]]] = defaultdict(list)
     for span in trace.spans:
-        if span.route is None or None in span.route:
-            continue
-        crosses = trace.link_of(span) == "network"
-        for device, receives in zip(span.route, (False, True), strict=True):
-            number = trace.nodes.card_of(device) if crosses else device
-            busy[_LinkEnd(crosses, number, receives)].append((span.start, span.end))
+        ends = [device for device in span.devices if device is not None]
+        if len(ends) == 2:  # else it is no copy, or one from or to the host
+            is_card = trace.link_of(span) == "network"
+            for device, receives in zip(ends, (False, True), strict=True):
+                number = trace.nodes.card_of(device) if is_card else device
+                busy[_LinkEnd(is_card, number, receives)].append((span.start, span.end))
     return busy
 
 

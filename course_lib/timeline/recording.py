@@ -14,7 +14,7 @@ import torch
 from course_lib.spans import Span
 from course_lib.virtual.hazards import Hazard
 from course_lib.virtual.machine import DEVICE_TYPE
-from course_lib.virtual.network import Nodes
+from course_lib.virtual.network import ONE_NODE, Nodes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +59,7 @@ class Trace:
         peak_memory: for each device, the most bytes in use.
         hazards: the waits between streams that the program lacks (virtual GPUs only).
         seconds: from the start until every device had finished.
-        nodes: which device is in which node; ``None`` if all are in one (as on real GPUs).
+        nodes: which device is in which node.
     """
 
     device_type: str
@@ -69,7 +69,7 @@ class Trace:
     peak_memory: list[int] = field(default_factory=list)
     seconds: float = 0.0
     hazards: list[Hazard] = field(default_factory=list)
-    nodes: Nodes | None = None
+    nodes: Nodes = ONE_NODE
 
     @property
     def simulated(self) -> bool:
@@ -97,7 +97,7 @@ class Trace:
         source, destination = span.route
         if source is None or destination is None:
             return "host"
-        joined = self.nodes is not None and self.nodes.network_joins(source, destination)
+        joined = self.nodes.network_joins(source, destination)
         return "network" if joined else "within a node"
 
     @property

@@ -120,3 +120,6 @@ class Nodes:
     def network_joins(self, source: int, destination: int) -> bool:
         """Whether what the one sends to the other crosses the network."""
         return self.count > 1 and self.node_of(source) != self.node_of(destination)
+
+
+ONE_NODE = Nodes(count=1, size=0, cards=0)  # however many GPUs there are

@@ -1,0 +1,172 @@
+"""Collectives for a machine with nodes: what is slow to send is sent as rarely as it can be.
+
+A GPU reaches those of its own node over a fast link, and all others through a network card
+(:mod:`course_lib.virtual.network`). With k nodes of g GPUs, a flat ring moves every byte of the sum
+through k of its links that are cards, and every round of it is as slow as they are. Here whatever
+can be added or gathered inside a node is, and the network carries what is left.
+
+As in :mod:`course_lib.parallel.collectives`, all of them take the tensors of all GPUs at once and
+run beside nothing: on the current streams' turn, which go on when they are done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from course_lib.hardware import current_stream, node_of
+from course_lib.parallel.collectives import matching, require_contiguous, ring_all_reduce
+from course_lib.parallel.ring import Ring
+from course_lib.parallel.transfers import keep_for
+
+
+def hierarchical_all_reduce(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by the sum of all: reduce-scatter inside each node, all-reduce between
+    nodes, all-gather inside.
+
+    With k nodes of g GPUs and tensors of S bytes, a GPU sends 2 (g - 1) / g S over its own link and
+    2 (k - 1) / k S / g through its card: a g-th of what a ring over the network alone would send.
+    All tensors end up bit-identical. NCCL and Horovod call it hierarchical, too.
+
+    Args:
+        tensors: one a device, contiguous, of one shape and dtype. Nothing need divide them.
+
+    Raises:
+        TypeError: something among them is no tensor.
+        ValueError: there are none, one stands there twice, one is not contiguous, their shapes or
+            dtypes differ, or the nodes have different numbers of them.
+    """
+    tensors = matching(tensors)
+    require_contiguous(tensors)
+    nodes = _by_node(tensors)
+    rings = [Ring([tensor.device for tensor in node]) for node in nodes]
+    # chunks[node][place][number]: the GPU at `place` of its node owns the number of its place.
+    chunks = [[tensor.view(-1).tensor_split(len(node)) for tensor in node] for node in nodes]
+    for ring, node_chunks in zip(rings, chunks, strict=True):
+        with ring.turning():
+            ring.reduce_scatter(node_chunks)
+    for place in range(len(nodes[0])):
+        ring_all_reduce([node_chunks[place][place] for node_chunks in chunks])
+    for ring, node_chunks in zip(rings, chunks, strict=True):
+        with ring.turning():
+            ring.all_gather(node_chunks)
+
+
+def hierarchical_all_reduce_bytes(nodes: int, size: int, nbytes: int) -> dict[str, int]:
+    """Bytes that :func:`hierarchical_all_reduce` moves over all links of a kind.
+
+    Args:
+        nodes: how many there are.
+        size: GPUs in each.
+        nbytes: bytes of one tensor.
+    """
+    return {
+        "within a node": nodes * 2 * (size - 1) * nbytes,
+        "network": 2 * (nodes - 1) * nbytes,
+    }
+
+
+def ring_all_reduce_bytes(nodes: int, size: int, nbytes: int) -> dict[str, int]:
+    """The same for a flat ring over all GPUs in the order of their nodes."""
+    total = 2 * (nodes * size - 1) * nbytes
+    crossing = total * nodes // (nodes * size) if nodes > 1 else 0
+    return {"within a node": total - crossing, "network": crossing}
+
+
+def all_to_all(parts: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """Every rank sends a part to every rank: what rank r has for rank d is ``result[d][r]``.
+
+    In N - 1 rounds; in round k every rank sends to the one k places on, so that each sends and
+    receives one part at a time. A rank's part for itself is not copied.
+    ``torch.distributed.all_to_all`` does this between processes.
+
+    Args:
+        parts: ``parts[r][d]`` is on the device of rank r; shapes may differ, and be empty.
+
+    Raises:
+        ValueError: a rank has not one part for each.
+    """
+    count = _require_square(parts)
+    devices = [row[0].device for row in parts]
+    result: list[list[Tensor]] = [[row[rank] for row in parts] for rank in range(count)]
+    ring = Ring(devices)
+    with ring.turning():
+        for distance in range(1, count):
+            for rank in range(count):
+                to = (rank + distance) % count
+                with ring.between(rank, to):
+                    result[to][rank] = parts[rank][to].to(devices[to])
+    for tensors, device in zip(result, devices, strict=True):
+        for tensor in tensors:
+            keep_for(current_stream(device), tensor)
+    return result
+
+
+def hierarchical_all_to_all(parts: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """What :func:`all_to_all` does, with fewer and larger messages over the network.
+
+    Inside a node, the GPU at place p collects what the node has for the GPUs at place p of all
+    nodes; then it exchanges that with those GPUs, one message a node. With k nodes of g GPUs a GPU
+    sends k - 1 messages through its card in place of (k - 1) g; the bytes there are the same, and
+    those inside the node are up to k times as many.
+
+    Takes and raises what :func:`all_to_all` does; all parts are of one dtype.
+    """
+    count = _require_square(parts)
+    nodes = _by_node([row[0] for row in parts], list(range(count)))
+    size, result = len(nodes[0]), [[row[rank] for row in parts] for rank in range(count)]
+    # collected[p of a node]: for each node m, what all of p's node have for place p of node m.
+    collected: dict[int, list[Tensor]] = {}
+    for node in nodes:
+        bundles = [
+            [_joined([parts[rank][other[place]] for other in nodes]) for place in range(size)]
+            for rank in node
+        ]
+        for place, arrived in enumerate(all_to_all(bundles)):
+            pieces = [
+                _apart(bundle, [parts[rank][other[place]] for other in nodes])
+                for bundle, rank in zip(arrived, node, strict=True)
+            ]
+            collected[node[place]] = [_joined(list(column)) for column in zip(*pieces, strict=True)]
+    for place in range(size):
+        peers = [node[place] for node in nodes]
+        for to, arrived in zip(peers, all_to_all([collected[rank] for rank in peers]), strict=True):
+            for bundle, node in zip(arrived, nodes, strict=True):
+                like = [parts[rank][to] for rank in node]
+                for rank, piece in zip(node, _apart(bundle, like), strict=True):
+                    result[to][rank] = piece
+    return result
+
+
+def _by_node(tensors: Sequence[Tensor], values: Sequence | None = None) -> list[list]:
+    """The tensors of each node (or the values that belong to them), in the order of ranks."""
+    nodes: dict[int, list] = {}
+    for tensor, value in zip(tensors, tensors if values is None else values, strict=True):
+        nodes.setdefault(node_of(tensor.device), []).append(value)
+    sizes = {node: len(members) for node, members in nodes.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"every node needs as many tensors as the others; they have {sizes}")
+    return list(nodes.values())
+
+
+def _require_square(parts: Sequence[Sequence[Tensor]]) -> int:
+    for rank, row in enumerate(parts):
+        if len(row) != len(parts):
+            raise ValueError(
+                f"each of the {len(parts)} ranks has one part for every rank, and rank {rank} has "
+                f"{len(row)}"
+            )
+    return len(parts)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """All numbers of some tensors in one row."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _apart(row: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of the shapes of ``like``, out of what :func:`_joined` made of such."""
+    pieces = row.split([tensor.numel() for tensor in like])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
