@@ -730,11 +730,12 @@ CAUSAL = torch.ones(6, 6, dtype=torch.bool).tril()
         {"attn_mask": CAUSAL},
         {"attn_mask": torch.zeros(6, 6).masked_fill(~CAUSAL, float("-inf"))},
         {"attn_mask": torch.linspace(-1, 1, 36).view(6, 6)},
+        {"attn_mask": torch.linspace(-1, 1, 108).view(3, 6, 6)},
         {"dropout_p": 0.3},
         {"dropout_p": 0.3, "is_causal": True},
         {"scale": 0.5},
     ],
-    ids=["plain", "causal", "bool mask", "-inf mask", "bias", "dropout", "both", "scale"],
+    ids=["plain", "causal", "bool mask", "-inf mask", "bias", "3 biases", "dropout", "both", "scale"],
 )
 @pytest.mark.parametrize("shape", [(2, 3, 6, 8), (3, 6, 8)], ids=["4D", "3D"])
 def test_attention_is_the_cpus_forward_and_backward(shape: tuple[int, ...], options: dict):

@@ -42,9 +42,16 @@ def _attention(
     on_cuda = machine.backing.type == "cuda"  # where the CPU's algorithm does not run
     flash = torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
     if choice == flash and not (learns_mask or on_cuda):
-        return aten._scaled_dot_product_flash_attention_for_cpu(
+        # PyTorch 2.14 chooses it for a single sequence as well, as a batch of one.
+        is_single = query.dim() == 3
+        if is_single:
+            query, key, value = (each.unsqueeze(0) for each in (query, key, value))
+            if attn_mask is not None and attn_mask.dim() == 3:
+                attn_mask = attn_mask.unsqueeze(0)
+        out = aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
         )[0]
+        return out.squeeze(0) if is_single else out
     return aten._scaled_dot_product_attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )[0]
