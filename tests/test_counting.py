@@ -124,3 +124,13 @@ def test_a_loss_over_pairs_of_examples_is_refused_by_its_check_and_a_mean_is_not
         require_mean_of_parts(contrastive_loss, outputs, y)
     with pytest.raises(ValueError, match="not a mean over examples or targets"):
         require_mean_of_parts(nn.MSELoss(reduction="sum"), outputs, torch.randn(8, 10))
+    with pytest.raises(ValueError, match="two examples or more: outputs has 1"):
+        require_mean_of_parts(F.cross_entropy, outputs[:1], y[:1])
+
+
+def test_weights_of_classes_are_noticed_where_both_halves_weigh_as_much() -> None:
+    torch.manual_seed(0)
+    outputs, y = torch.randn(8, 2), torch.tensor([1, 0, 0, 0, 1, 0, 0, 0])
+    weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0]))
+    with pytest.raises(ValueError, match="weighted mean of its 3 parts"):
+        require_mean_of_parts(weighted, outputs, y)

@@ -182,6 +182,36 @@ def test_accumulated_pieces_make_the_gradient_of_the_whole() -> None:
         assert torch.allclose(ours.grad.cpu(), theirs.grad, atol=1e-7)
 
 
+def test_gradients_that_were_summed_are_not_summed_again() -> None:
+    gpus = devices(3)
+    torch.manual_seed(1)
+    model, ((x, y),) = MLP(64, 32, 10), image_batches(23)
+    F.cross_entropy(model(x), y).backward()
+    replicas = data_parallel.replicate(model, gpus)
+    shards = [data_parallel.split_batch(part, gpus) for part in (x, y)]
+    for _ in range(2):  # the second step begins anew
+        data_parallel.backward_on_shards(replicas, *shards, F.cross_entropy)
+        for _ in range(2):
+            data_parallel.all_reduce_gradients(replicas)
+            for ours, theirs in zip(replicas[2].parameters(), model.parameters(), strict=True):
+                assert torch.allclose(ours.grad.cpu(), theirs.grad, atol=1e-7)
+        for replica in replicas:
+            replica.zero_grad()
+
+
+def test_a_backward_pass_behind_the_sum_is_refused() -> None:
+    gpus = devices(3)
+    torch.manual_seed(1)
+    replicas = data_parallel.replicate(MLP(64, 10), gpus)
+    ((x, y),) = image_batches(23)
+    shards = [data_parallel.split_batch(part, gpus) for part in (x, y)]
+    data_parallel.backward_on_shards(replicas, *shards, F.cross_entropy)
+    data_parallel.all_reduce_gradients(replicas)
+    data_parallel.backward_on_shards(replicas, *shards, F.cross_entropy)
+    with pytest.raises(RuntimeError, match="sum them once a step, after its last backward pass"):
+        data_parallel.all_reduce_gradients(replicas)
+
+
 def test_the_shards_losses_add_up_to_the_batch_loss() -> None:
     gpus = devices(4)
     torch.manual_seed(1)

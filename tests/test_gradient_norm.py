@@ -10,6 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from course_lib.models import GPT, MLP, next_token_loss
+from course_lib.parallel.context_parallel import (
+    ContextParallelGPT,
+    next_token_losses,
+    split_sequence,
+)
 from course_lib.parallel.data_parallel import (
     all_reduce_gradients,
     backward_on_shards,
@@ -88,6 +93,18 @@ def test_a_mesh_counts_each_part_once(vgpus, batch) -> None:
     norm = clip_gradients(model.replicas, MAX_NORM)
     for replica in model.replicas:
         assert_clipped(unsplit(replica, gpt), norm, gpt, batch)
+
+
+def test_a_model_made_of_replicas_may_be_given_as_it_is(vgpus, batch) -> None:
+    gpt = a_gpt()
+    mesh = MeshGPT(gpt, Mesh(vgpus, data=2, pipeline=1, tensor=2))
+    mesh.forward_backward(mesh.place(*batch, microbatches=2))
+    assert_clipped(unsplit(mesh.replicas[1], gpt), clip_gradients(mesh, MAX_NORM), gpt, batch)
+    long = ContextParallelGPT(gpt, vgpus)
+    tokens, targets = (split_sequence(each, vgpus, dimension=1) for each in batch)
+    torch.autograd.backward(next_token_losses(long(tokens), targets))
+    all_reduce_gradients(long.replicas)
+    assert_clipped(long.replicas[3], clip_gradients(long, MAX_NORM), gpt, batch)
 
 
 def test_small_gradients_stay_as_they_are(vgpus) -> None:

@@ -79,6 +79,16 @@ def test_nothing_comes_from_the_host_during_a_step(vgpus) -> None:
     assert not any("host" in route for route in t.bytes_moved)
 
 
+def test_gradients_of_a_call_before_are_not_summed_again(vgpus) -> None:
+    model = MeshGPT(a_gpt(), Mesh(vgpus, 2, 1, 2))
+    placed = model.place(*torch.randint(11, (2, 4, 8)), microbatches=2)
+    model.forward_backward(placed)
+    with pytest.raises(RuntimeError, match="would count more than once"):
+        model.forward_backward(placed)
+    model.zero_grad()
+    model.forward_backward(placed)
+
+
 def test_what_is_no_mesh_is_said_in_one_line(vgpus) -> None:
     with pytest.raises(ValueError, match=r"data 2 x pipeline 2 x tensor 2 needs .* there are 4"):
         Mesh(vgpus, 2, 2, 2)

@@ -83,6 +83,18 @@ def test_partial_gradients_are_summed_and_no_others() -> None:
     assert [part.grad.tolist() for part in complete.weight] == [[1.0] * 3, [2.0] * 3]
 
 
+def test_partial_gradients_that_were_summed_are_not_summed_again() -> None:
+    split = Split(torch.zeros(3), devices(2), partial_gradients=True)
+    for part in split.weight:
+        part.grad = torch.ones_like(part)
+    for _ in range(2):
+        all_reduce_partial_gradients(split)
+        assert [part.grad.tolist() for part in split.weight] == [[2.0] * 3] * 2
+    split.weight[1].grad.add_(1)  # as another backward pass does
+    with pytest.raises(RuntimeError, match="would count more than once"):
+        all_reduce_partial_gradients(split)
+
+
 def test_unsplit_has_the_parameters_and_the_gradients_of_the_parts() -> None:
     single = whole(5, 2)
     split = Split(single.weight, devices(2), 0)

@@ -735,7 +735,7 @@ CAUSAL = torch.ones(6, 6, dtype=torch.bool).tril()
         {"dropout_p": 0.3, "is_causal": True},
         {"scale": 0.5},
     ],
-    ids=["plain", "causal", "bool mask", "-inf mask", "bias", "3 biases", "dropout", "both", "scale"],
+    ids=["plain", "causal", "bool", "-inf", "bias", "3 biases", "dropout", "both", "scale"],
 )
 @pytest.mark.parametrize("shape", [(2, 3, 6, 8), (3, 6, 8)], ids=["4D", "3D"])
 def test_attention_is_the_cpus_forward_and_backward(shape: tuple[int, ...], options: dict):

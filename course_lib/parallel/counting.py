@@ -115,17 +115,22 @@ def require_mean_of_parts(loss_function: Loss, outputs: Tensor, targets: Tensor)
         outputs: at least two examples, along the first dimension. The more, the sharper.
 
     Raises:
-        ValueError: the loss of the whole and the mean of its parts differ.
+        ValueError: there are fewer examples, or the loss of the whole and the mean of its parts
+            differ.
     """
+    if len(outputs) < 2:
+        raise ValueError(f"a loss is tried on two examples or more: outputs has {len(outputs)}")
     outputs = outputs.detach()
     total = count_targets(targets)
     whole = loss_function(outputs, targets).item()
-    parts = sum(
-        part_of_mean(loss_function, o, y, count_targets(y), total).item()
-        for o, y in zip(outputs.tensor_split(2), targets.tensor_split(2), strict=True)
-    )
-    if not abs(whole - parts) <= 1e-4 * max(1.0, abs(whole)):
-        raise ValueError(
-            f"this loss is not a mean over examples or targets: the batch's is {whole:.4g}, its "
-            f"halves' weighted mean {parts:.4g}; compute it from the gathered outputs of all shards"
+    for count in range(2, min(len(outputs), 4) + 1):  # classes can weigh as much in both halves
+        cut = zip(outputs.tensor_split(count), targets.tensor_split(count), strict=True)
+        parts = sum(
+            part_of_mean(loss_function, o, y, count_targets(y), total).item() for o, y in cut
         )
+        if not abs(whole - parts) <= 1e-4 * max(1.0, abs(whole)):
+            raise ValueError(
+                f"this loss is not a mean over examples or targets: the batch's is {whole:.4g}, "
+                f"the weighted mean of its {count} parts {parts:.4g}; compute it from the gathered "
+                "outputs of all shards"
+            )

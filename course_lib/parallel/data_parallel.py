@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from course_lib.parallel.collectives import all_reduce
 from course_lib.parallel.counting import CountedShards, counts_of, part_of_mean, total_count
 from course_lib.parallel.kinds import Devices, Loss, Tensors
+from course_lib.parallel.sums import are_sums, mark_as_sums
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -102,19 +103,22 @@ def all_reduce_gradients(replicas: Sequence[nn.Module]) -> None:
     A parameter without a gradient on any replica (a frozen one) is left alone. A replica that
     has none while others do, because its shard was empty, takes part with zeros.
 
-    Call it once a step, after the last backward pass: what was summed already would be summed once
-    more.
+    Call it once a step, after the last backward pass. A second call changes nothing.
 
     Raises:
         ValueError: the replicas have different parameters.
+        RuntimeError: a backward pass has added to gradients that were summed already.
     """
     for parameters in parameter_copies(replicas):
-        if all(parameter.grad is None for parameter in parameters):
+        there = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not there or are_sums(there):
             continue
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        all_reduce(each.grad for each in parameters if each.grad is not None)  # now all have one
+        gradients = [each.grad for each in parameters if each.grad is not None]  # now all have one
+        all_reduce(gradients)
+        mark_as_sums(gradients)
 
 
 def parameter_copies(replicas: Sequence[nn.Module]) -> list[tuple[nn.Parameter, ...]]:

@@ -25,8 +25,9 @@ def clip_gradients(model: nn.Module | Sequence[nn.Module], max_norm: float) -> T
     """Scale all gradients of ``model`` so that their true norm is at most ``max_norm``.
 
     Args:
-        model: on one device or on several: a pipeline, a model of tensor parallelism. Replicas are
-            a list, or an ``nn.ModuleList``, as a mesh has them: their gradients are equal.
+        model: on one device or on several: a pipeline, a model of tensor parallelism. Replicas,
+            whose gradients are equal, are a list, or a model that has them in ``replicas``: on a
+            mesh, or in context parallelism.
 
     Returns:
         The norm before, a scalar on the first gradient's device. Reading it makes the host wait.
@@ -34,12 +35,16 @@ def clip_gradients(model: nn.Module | Sequence[nn.Module], max_norm: float) -> T
     Raises:
         ValueError: no parameter has a gradient, or ``max_norm`` is not positive.
     """
-    if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList):
-        model = [model]
-    replicas = list(model)
+    replicas = _replicas_of(model)
     gradients = [p.grad for each in replicas for p in each.parameters() if p.grad is not None]
     counted = _gradients_counted_once(replicas[0]) if replicas else []
     return clip_together(counted, gradients, max_norm)
+
+
+def _replicas_of(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    model = getattr(model, "replicas", model)
+    is_one = isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList)
+    return [model] if is_one else list(model)
 
 
 def _gradients_counted_once(model: nn.Module) -> list[Tensor]:

@@ -104,14 +104,3 @@ def balanced_cuts(costs: Sequence[float], stage_count: int) -> list[int]:
             for end in range(stages, count + 1)
         }
     return best[count][1]
-
-
-def boundary_bytes(activation_numel: int, element_size: int, device_count: int) -> int:
-    """Bytes of one training step over all boundaries: the activation forward, its gradient back.
-
-    Args:
-        activation_numel: numbers in the activation at each boundary, batch times width.
-        element_size: bytes of one number.
-        device_count: devices in the row.
-    """
-    return 2 * activation_numel * element_size * (device_count - 1)

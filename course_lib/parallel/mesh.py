@@ -28,6 +28,7 @@ from course_lib.parallel.collectives import ring_all_reduce
 from course_lib.parallel.counting import counts_of
 from course_lib.parallel.kinds import Devices
 from course_lib.parallel.split_parameter import Shards
+from course_lib.parallel.sums import are_sums, mark_as_sums
 from course_lib.parallel.tensor_parallel import ColumnLinear, CopiedNorm, ParallelBlock
 from course_lib.parallel.vocabulary import VocabularyEmbedding, vocabulary_cross_entropy
 
@@ -175,6 +176,9 @@ class MeshGPT(nn.Module):
 
         Returns:
             The parts of the mean loss of all replicas and microbatches, scalars on their devices.
+
+        Raises:
+            RuntimeError: there are gradients of a call before, which were summed already.
         """
         parts = []
         for replica, batch in zip(self.replicas, placed, strict=True):
@@ -186,6 +190,8 @@ class MeshGPT(nn.Module):
                 torch.autograd.backward(of_a_microbatch)
                 parts.append(of_a_microbatch[0].detach())
         for copies in zip(*(replica.parameters() for replica in self.replicas), strict=True):
-            if copies[0].grad is not None:
-                ring_all_reduce([parameter.grad for parameter in copies])
+            gradients = [parameter.grad for parameter in copies]
+            if gradients[0] is not None and not are_sums(gradients):
+                ring_all_reduce(gradients)
+                mark_as_sums(gradients)
         return parts

@@ -44,8 +44,13 @@ def scatter_state(state: dict[str, Any], units: Sequence[FlatUnit], cut: Cut) ->
     """Put what :func:`gather_state` returned into the master weights and optimizers of ``units``.
 
     Raises:
-        ValueError: it is the state of a model with other parameters.
+        ValueError: it is the state of a model with other parameters, or is no such state.
     """
+    if set(state) != {"parameters", "optimizer"}:
+        raise ValueError(
+            "this is no state of Sharded, which has parameters and optimizer, but has "
+            f"{sorted(state)[:4]}: give what its state_dict() returned"
+        )
     ours = {n: s for unit in units for n, s in zip(unit.names, unit.shapes, strict=True)}
     theirs = {name: parameter.shape for name, parameter in state["parameters"].items()}
     if ours != theirs:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from course_lib.parallel.collectives import ring_all_reduce
 from course_lib.parallel.kinds import Devices, Tensors
+from course_lib.parallel.sums import are_sums, mark_as_sums
 
 
 class Shards(nn.ParameterList):
@@ -71,15 +72,23 @@ def all_reduce_partial_gradients(parallel: nn.Module) -> None:
 
     To be called once after a backward pass with sequence parallelism: a norm, a bias or a position
     that worked on a part of the sequence has that part's gradient. Without sequence parallelism
-    every device has the whole gradient, and nothing happens.
+    every device has the whole gradient, and nothing happens; nor does it at a second call.
+
+    Raises:
+        RuntimeError: a backward pass has added to gradients that were summed already.
     """
-    shards = [s for s in _all_shards(parallel) if s.partial_gradients and s[0].grad is not None]
-    gradients = [[part.grad for part in parts] for parts in zip(*shards, strict=True)]
-    flat = [nn.utils.parameters_to_vector(each) for each in gradients]
+    partial = [
+        [part.grad for part in shards]
+        for shards in _all_shards(parallel)
+        if shards.partial_gradients and shards[0].grad is not None
+    ]
+    on_each = list(zip(*(copies for copies in partial if not are_sums(copies)), strict=True))
+    flat = [nn.utils.parameters_to_vector(gradients) for gradients in on_each]
     if flat:
         ring_all_reduce(flat)
-    for each, sums in zip(gradients, flat, strict=True):
-        nn.utils.vector_to_parameters(sums, each)
+    for gradients, sums in zip(on_each, flat, strict=True):
+        nn.utils.vector_to_parameters(sums, gradients)
+        mark_as_sums(gradients)
 
 
 def unsplit(parallel: nn.Module, like: nn.Module) -> nn.Module:

@@ -56,7 +56,7 @@ class put_off_weight_gradients(TorchFunctionMode):
 def add_weight_gradients(pending: list[Pending]) -> None:
     """Add to each weight's ``grad`` what backward left out."""
     for weight, x, gradient in pending:
-        part = (gradient.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
+        part = (_rows(gradient).T @ _rows(x)).to(weight.dtype)
         weight.grad = part if weight.grad is None else weight.grad.add_(part)
         # As autograd does when it has added to a gradient: data parallelism waits for it.
         for hook in (weight._post_accumulate_grad_hooks or {}).values():
@@ -89,5 +89,10 @@ class _Linear(torch.autograd.Function):
         ctx.pending.append((ctx.weight, x.detach(), gradient))  # detached: its own graph can go
         _, _, _, needs_x, needs_bias = ctx.needs_input_grad
         grad_x = (gradient @ weight).to(dtype) if needs_x else None
-        grad_bias = gradient.flatten(0, -2).sum(0) if has_bias and needs_bias else None
+        grad_bias = _rows(gradient).sum(0) if has_bias and needs_bias else None
         return None, None, None, grad_x, grad_bias
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x`` as one row an example, whatever its dimensions: a single example is one row."""
+    return x.reshape(-1, x.shape[-1])
