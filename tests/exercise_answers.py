@@ -18,9 +18,20 @@ import course_lib
 import notebook_tools
 from course_lib.exercises.verdict import Verdict
 from course_lib.parallel.collectives import all_gather, all_reduce, reduce_scatter, ring_all_reduce
-from course_lib.parallel.data_parallel import all_reduce_gradients
 
 Answer = Callable[..., object]
+
+
+def all_reduce_gradients(replicas: list[nn.Module]) -> None:
+    """Lesson 02's own, which sums as often as it is called; the module's sums once."""
+    for parameters in zip(*(replica.parameters() for replica in replicas), strict=True):
+        if all(parameter.grad is None for parameter in parameters):
+            continue
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        all_reduce([parameter.grad for parameter in parameters])
+
 
 # What a learner has at hand when they come to the exercises.
 LESSON_NAMES = {

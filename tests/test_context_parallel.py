@@ -480,11 +480,6 @@ def test_a_tile_of_nothing_is_refused() -> None:
         ring_attention(*parts_on(devices(2), T=4), causal=True, tile=0)
 
 
-def test_dropout_is_refused() -> None:
-    with pytest.raises(ValueError, match="knows no dropout: build with dropout=0"):
-        ContextParallelGPT(small_gpt(dropout=0.1), devices(2))
-
-
 def test_more_tokens_than_the_context_are_refused() -> None:
     gpus = devices(2)
     parallel = ContextParallelGPT(small_gpt(), gpus)

@@ -624,6 +624,19 @@ def test_a_linear_layer_with_arguments_by_name_is_put_off_too():
     torch.testing.assert_close(layer.bias.grad, plain.bias.grad)
 
 
+def test_the_weight_gradient_of_a_single_example_is_put_off_too():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(3, 4), torch.randn(3)
+    plain = copy.deepcopy(layer)
+    pending: list = []
+    with put_off_weight_gradients(pending):
+        layer(x).square().sum().backward()
+    add_weight_gradients(pending)
+    plain(x).square().sum().backward()
+    for ours, theirs in zip(layer.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 @pytest.mark.parametrize("where", ["around", "inside"])
 def test_zero_bubble_under_autocast_is_plain_training_under_autocast(gpus: Devices, where: str):
     torch.manual_seed(0)

@@ -403,6 +403,29 @@ def test_a_state_of_another_model_is_refused(vgpus) -> None:
         Sharded(MLP(6, 7, 4, 5), vgpus[:2], 1).load_state_dict(state)
 
 
+def test_what_is_no_state_is_refused(vgpus) -> None:
+    with pytest.raises(ValueError, match=r"no state of Sharded.* has \['0.bias', '0.weight'"):
+        Sharded(an_mlp(), vgpus[:2], 1).load_state_dict(an_mlp().state_dict())
+
+
+def test_an_optimizer_that_sorts_parameters_by_itself_is_refused(vgpus) -> None:
+    """By their dimensions, say: in a row, all of them have one."""
+
+    def make_optimizer(groups):
+        pieces = [piece for group in groups for piece in group["params"]]
+        sorted_by_dimension = [
+            {
+                "params": [p for p in pieces if (p.dim() >= 2) == decays],
+                "weight_decay": 0.1 * decays,
+            }
+            for decays in (True, False)
+        ]
+        return torch.optim.AdamW(sorted_by_dimension)
+
+    with pytest.raises(ValueError, match="sort them by options_of"):
+        Sharded(an_mlp(), vgpus[:2], 1, torch.float32, make_optimizer)
+
+
 def test_a_saved_state_is_a_copy(vgpus) -> None:
     sharded = Sharded(an_mlp(), vgpus[:2], 0, torch.float64, ADAMW)
     train(sharded, image_batches(8), F.cross_entropy)

@@ -564,11 +564,6 @@ def test_heads_that_do_not_divide_are_refused() -> None:
         ParallelGPT(small_gpt(), devices(8))
 
 
-def test_dropout_is_refused() -> None:
-    with pytest.raises(ValueError, match="knows no dropout: build with dropout=0"):
-        ParallelGPT(small_gpt(dropout=0.1), devices(2))
-
-
 def test_more_devices_than_neurons_or_tokens_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot cut 2 rows into 3 parts"):
         ParallelMLP(MLP(4, 2, 4), devices(3))

@@ -19,6 +19,7 @@ from course_lib.models import GPT, Block, next_token_loss
 from course_lib.parallel.attention_ring import ring_attention
 from course_lib.parallel.counting import counts_of, part_of_mean
 from course_lib.parallel.data_parallel import replicate
+from course_lib.parallel.dropout import dropout_of_parts
 from course_lib.parallel.kinds import Devices, Tensors
 from course_lib.parallel.sequence_order import SequenceParts, order_of, positions, require_order
 
@@ -59,16 +60,10 @@ class ContextParallelGPT(nn.Module):
 
     Args:
         gpt: it stays as it is.
-
-    Raises:
-        ValueError: the model has dropout.
     """
 
     def __init__(self, gpt: GPT, devices: Devices) -> None:
         super().__init__()
-        if any(module.p for module in gpt.modules() if isinstance(module, nn.Dropout)):
-            # Devices with the same dice would drop the same places of different chunks.
-            raise ValueError("context parallelism here knows no dropout: build with dropout=0")
         self.replicas = nn.ModuleList(replicate(gpt, devices))
         self.context = gpt.parts()[0].position.num_embeddings
         self.devices = list(devices)
@@ -118,11 +113,18 @@ def _run(blocks: Sequence[Block], xs_BTD: Tensors, zigzag: bool) -> list[Tensor]
         qkvs.append(qkv_BTD.unflatten(-1, (3, block.attention.heads, -1)).permute(2, 0, 3, 1, 4))
     qs_BHTK, ks_BHTK, vs_BHTK = zip(*qkvs, strict=True)
     ys_BHTK = ring_attention(qs_BHTK, ks_BHTK, vs_BHTK, causal=True, zigzag=zigzag)
-    outs_BTD = []
-    for block, x_BTD, y_BHTK in zip(blocks, xs_BTD, ys_BHTK, strict=True):
-        x_BTD = x_BTD + block.attention.out(y_BHTK.transpose(1, 2).flatten(2))
-        outs_BTD.append(x_BTD + block.mlp(block.norm_2(x_BTD)))
-    return outs_BTD
+    ys_BTD = [
+        block.attention.out(y_BHTK.transpose(1, 2).flatten(2))
+        for block, y_BHTK in zip(blocks, ys_BHTK, strict=True)
+    ]
+    xs_BTD = _add_dropped(xs_BTD, ys_BTD, blocks[0].dropout)
+    ys_BTD = [block.mlp(block.norm_2(x)) for block, x in zip(blocks, xs_BTD, strict=True)]
+    return _add_dropped(xs_BTD, ys_BTD, blocks[0].dropout)
+
+
+def _add_dropped(xs: Tensors, ys: Tensors, dropout: nn.Dropout) -> list[Tensor]:
+    ys = dropout_of_parts(ys, dropout.p, dropout.training)
+    return [x + y for x, y in zip(xs, ys, strict=True)]
 
 
 def next_token_losses(scores_BTV: Tensors, targets_BT: Tensors) -> list[Tensor]:

@@ -129,6 +129,9 @@ class Master:
         values: the part.
         start: where in the row it begins.
         groups: stretches of the row, and the options of each.
+
+    Raises:
+        ValueError: ``make_optimizer`` sorted the pieces into groups of its own.
     """
 
     def __init__(
@@ -148,6 +151,12 @@ class Master:
                 self._pieces.append((place, piece))
                 parameter_groups.append({"params": [piece], **options})
         self.optimizer = make_optimizer(parameter_groups)
+        made = [group["params"] for group in self.optimizer.param_groups]
+        if [len(pieces) for pieces in made] != [1] * len(parameter_groups):
+            raise ValueError(
+                "make_optimizer made other parameter groups than it was given: in a row all "
+                "parameters have one dimension and no name, so sort them by options_of"
+            )
 
     def step(self, gradient: Tensor) -> None:
         gradient = gradient.to(self.values.dtype)

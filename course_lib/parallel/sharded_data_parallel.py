@@ -65,8 +65,8 @@ class Sharded:
         units: the layers; one without parameters belongs to the one before.
 
     Raises:
-        ValueError: ``model`` is not sequential or has what it may not have, or there is no such
-            stage, no such dtype or no device.
+        ValueError: ``model`` is not sequential or has what it may not have, there is no such
+            stage, no such dtype or no device, or ``make_optimizer`` makes groups of its own.
     """
 
     def __init__(

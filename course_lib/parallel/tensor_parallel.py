@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from course_lib.models import GPT, Attention, Block
+from course_lib.parallel.dropout import dropout_of_copies, dropout_of_parts
 from course_lib.parallel.kinds import Devices, Tensors
 from course_lib.parallel.regions import enter, leave
 from course_lib.parallel.split_parameter import Shards
@@ -144,26 +145,24 @@ class CopiedNorm(nn.Module):
 
 
 class ParallelBlock(nn.Module):
-    """One transformer block: two split regions, two all-reduces forward and two backward.
-
-    Raises:
-        ValueError: the block has dropout.
-    """
+    """One transformer block: two split regions, two all-reduces forward and two backward."""
 
     def __init__(self, block: Block, devices: Devices, sequence_parallel: bool = False) -> None:
         super().__init__()
-        if block.dropout.p:
-            # It would need equal masks where the devices hold the same, and different ones
-            # where they hold different parts.
-            raise ValueError("tensor parallelism here knows no dropout: build with dropout=0")
+        self.sequence_parallel, self.dropout = sequence_parallel, block.dropout.p
         self.norm_1 = CopiedNorm(block.norm_1, devices, sequence_parallel)
         self.attention = ParallelAttention(block.attention, devices, sequence_parallel)
         self.norm_2 = CopiedNorm(block.norm_2, devices, sequence_parallel)
         self.mlp = ParallelMLP(block.mlp, devices, sequence_parallel)
+        self.train(block.training)
 
     def forward(self, xs_TBD: Tensors) -> list[Tensor]:
-        xs_TBD = _add(xs_TBD, self.attention(self.norm_1(xs_TBD)))
-        return _add(xs_TBD, self.mlp(self.norm_2(xs_TBD)))
+        xs_TBD = _add(xs_TBD, self._drop(self.attention(self.norm_1(xs_TBD))))
+        return _add(xs_TBD, self._drop(self.mlp(self.norm_2(xs_TBD))))
+
+    def _drop(self, xs_TBD: Tensors) -> list[Tensor]:
+        dropout = dropout_of_parts if self.sequence_parallel else dropout_of_copies
+        return dropout(xs_TBD, self.dropout, self.training)
 
 
 class ParallelGPT(nn.Module):
@@ -183,8 +182,8 @@ class ParallelGPT(nn.Module):
         sequence_parallel: whether to divide by sequence what is replicated otherwise.
 
     Raises:
-        ValueError: the model has dropout, or heads that do not divide over the devices, or there
-            are more devices than tokens in its vocabulary.
+        ValueError: the heads do not divide over the devices, or there are more devices than tokens
+            in the vocabulary.
     """
 
     def __init__(self, gpt: GPT, devices: Devices, sequence_parallel: bool = False) -> None:
