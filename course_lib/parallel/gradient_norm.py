@@ -42,9 +42,10 @@ def clip_gradients(model: nn.Module | Sequence[nn.Module], max_norm: float) -> T
 
 
 def _replicas_of(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
-    model = getattr(model, "replicas", model)
-    is_one = isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList)
-    return [model] if is_one else list(model)
+    inside = getattr(model, "replicas", model)
+    if isinstance(inside, nn.Module) and not isinstance(inside, nn.ModuleList):
+        inside = [inside]
+    return list(inside)
 
 
 def _gradients_counted_once(model: nn.Module) -> list[Tensor]:

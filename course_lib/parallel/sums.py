@@ -5,15 +5,14 @@ A sum that is summed once more counts N times, and nothing in its numbers says s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from course_lib.parallel.kinds import Tensors
 
 
 def mark_as_sums(gradients: Tensors) -> None:
     """Note on each gradient that it is a sum, for as long as nobody changes it in place."""
     for gradient in gradients:
-        gradient.summed_at = gradient._version  # what autograd counts such changes by
+        # By this number autograd counts such changes.
+        gradient.summed_at = gradient._version  # type: ignore[attr-defined]
 
 
 def are_sums(gradients: Tensors) -> bool:
@@ -22,7 +21,7 @@ def are_sums(gradients: Tensors) -> bool:
     Raises:
         RuntimeError: they are sums to which more has been added since, on each device its own.
     """
-    marks: Sequence[int | None] = [getattr(each, "summed_at", None) for each in gradients]
+    marks = [getattr(each, "summed_at", None) for each in gradients]
     if all(mark is None for mark in marks):
         return False
     if any(mark != each._version for mark, each in zip(marks, gradients, strict=True)):
