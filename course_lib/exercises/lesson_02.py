@@ -1,7 +1,8 @@
-"""Checks of lesson 02: three silent bugs, uneven shards, one exchange for many pieces."""
+"""Checks of lesson 02: three silent bugs, statistics of a batch, one exchange for many pieces."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from course_lib.exercises.diagnosis import (
     Facts,
     Unchanged,
     gradient_of,
+    known_mistake,
     require_finite,
     require_not_over_host,
 )
@@ -112,62 +114,102 @@ def _require_gradient(
 
 
 @check
-def check_combine(combine: Callable[[list[Tensor | None], list[int]], Tensor]) -> Verdict:
-    """Graded on the gradient for even, uneven and empty shards."""
-    with hardware.fresh_devices(4) as gpus:
-        for sizes in ([5, 5, 5, 5], [104, 103, 103, 103], [9, 1, 4, 2], [1, 1, 1, 0], [0, 2, 1, 0]):
-            examples = [torch.randn(size, 6) for size in sizes]
-            gradients = [
-                shard.mean(dim=0).to(gpu) if len(shard) else None
-                for shard, gpu in zip(examples, gpus, strict=True)
-            ]
-            expected = torch.cat(examples).mean(dim=0)
-            means = torch.stack([g.cpu() for g in gradients if g is not None])
-            answer = _combined(combine, gradients, sizes)
-            home = next(gradient.device for gradient in gradients if gradient is not None)
-            if answer.device != home:
-                raise Wrong(
-                    f"for shards of {sizes} images the result should be on {home}, and is on "
-                    f"{answer.device}."
-                )
-            if answer.shape != expected.shape:
-                raise Wrong(
-                    f"the result has shape {tuple(answer.shape)}, and should have the shape of "
-                    f"each gradient, {tuple(expected.shape)}."
-                )
-            answer = answer.cpu().to(expected.dtype)
-            require_finite([answer], f"the result for shards of {sizes} images")
-            if torch.allclose(answer, expected, atol=1e-6):
-                continue
-            hint = ""
-            if torch.allclose(answer, means.mean(dim=0), atol=1e-5):
-                hint = " This is the plain mean of the shards' means."
-            elif torch.allclose(answer, means.sum(dim=0), atol=1e-5):
-                hint = " This is the sum of the shards' means."
-            elif torch.allclose(answer, means.sum(dim=0) / len(sizes), atol=1e-5):
-                hint = " This is the sum of the shards' means, divided by the number of GPUs."
-            elif torch.allclose(answer, expected * sum(sizes), atol=1e-3):
-                hint = " This is the sum over all images; the mean is asked for."
-            elif torch.allclose(answer, expected * sum(sizes) / len(sizes), atol=1e-3):
-                hint = " Divide by the number of images, not by the number of GPUs."
-            raise Wrong(f"for shards of {sizes} images it is not the whole batch's gradient.{hint}")
-    return right("even, uneven and empty shards, all weighted by their share.")
+def check_statistics(batch_statistics: Callable[[list[Tensor]], list]) -> Verdict:
+    """Graded on mean and variance for even, uneven and empty shards, and on the bytes."""
+    features = 6
+    for sizes in ([20, 20, 20], [30, 4, 8], [16, 9, 0], [0, 12, 20]):
+        with hardware.fresh_devices(3) as gpus:
+            originals = [3 + rank + torch.randn(size, features) for rank, size in enumerate(sizes)]
+            shards = [shard.to(gpu) for shard, gpu in zip(originals, gpus, strict=True)]
+            unchanged = Unchanged({f"the shard on {s.device}": s for s in shards})
+            with timeline.trace() as t:
+                answer = batch_statistics(list(shards))
+            unchanged.require()
+            means, variances = _pairs(answer, gpus, features)
+        moved = t.bytes_between_devices
+        target = 2 * (len(gpus) - 1) * 4 * 2 * features  # a sum and a sum of squares a feature
+        with_count = target + 2 * (len(gpus) - 1) * 4
+        facts = [("bytes moved", format_bytes(moved), format_bytes(target))]
+        case = f"for shards of {sizes} examples"
+        for rank in range(len(gpus)):
+            _require_statistics(f"{case}, GPU {rank}'s", means[rank], variances[rank], originals)
+        require_not_over_host(t, "numbers", facts)
+        if moved > with_count:
+            raise Wrong(
+                "the statistics are right, and more crossed the links than one all-reduce of two "
+                "numbers a feature. How many examples there are, len(shard) says on the host.",
+                facts,
+            )
+        if not all(torch.equal(a, b[0]) for b in (means, variances) for a in b):
+            raise Wrong(f"{case}, the GPUs differ in the last bit: copy one sum.", facts)
+    return right("the whole batch's mean and variance, for two numbers a feature.", facts)
 
 
-def _combined(combine: Callable, gradients: list[Tensor | None], sizes: list[int]) -> Tensor:
-    """What the answer returns; an error on an empty shard is told with its likely cause."""
-    try:
-        answer = combine(list(gradients), list(sizes))
-    except (TypeError, AttributeError) as error:
-        if all(gradient is not None for gradient in gradients):
-            raise
-        raise Wrong(
-            f"for shards of {sizes} images your code stopped with {type(error).__name__}: the "
-            "gradient of an empty shard is None, which must be skipped."
-        ) from None
-    if not isinstance(answer, Tensor):
-        raise Wrong(f"your function should return a tensor, and returned {answer!r:.60}.")
-    return answer
+def _pairs(
+    answer: object, gpus: list[torch.device], features: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Means and variances on the host, of an answer that has a pair for each GPU."""
+    if answer is None:
+        raise Wrong("your function returned None: is a return statement missing?")
+    if not isinstance(answer, (list, tuple)) or len(answer) != len(gpus):
+        raise Wrong(f"return a list of {len(gpus)} pairs for {len(gpus)} GPUs.")
+    values: tuple[list[Tensor], list[Tensor]] = [], []
+    for gpu, pair in zip(gpus, answer, strict=True):
+        if not isinstance(pair, (list, tuple, Tensor)) or len(pair) != 2:
+            raise Wrong(f"for {gpu} there should be a pair, the mean and the variance.")
+        for what, value, column in zip(("mean", "variance"), pair, values, strict=True):
+            if not isinstance(value, Tensor) or tuple(value.shape) != (features,):
+                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise Wrong(f"the {what} for {gpu} should have shape ({features},), not {shape}.")
+            if value.device != gpu:
+                raise Wrong(f"the {what} for {gpu} is on {value.device}.")
+            column.append(value.detach().cpu())
+    return values
+
+
+def _require_statistics(
+    whose: str, mean: Tensor, variance: Tensor, originals: list[Tensor]
+) -> None:
+    batch = torch.cat(originals)
+    present = [shard for shard in originals if len(shard)]
+    means = torch.stack([shard.mean(dim=0) for shard in present])
+    spreads = torch.stack([shard.var(dim=0, correction=0) for shard in present])
+    shares = torch.tensor([[len(shard) / len(batch)] for shard in present])
+    mean_mistakes = {
+        "It is the plain mean of the shards' means.": means.mean(dim=0),
+        "It is the sum of the shards' means, divided by the number of GPUs.": (
+            means.sum(dim=0) / len(originals)
+        ),
+        "It is the sum: divide by the number of examples.": batch.sum(dim=0),
+    }
+    inside = (
+        "It is a mean of the shards' variances, which leaves out how far their means lie apart."
+    )
+    variance_mistakes = {
+        inside: (spreads * shares).sum(dim=0),
+        f"{inside} And each shard counts the same.": spreads.mean(dim=0),
+        "It is the mean of the squares: take off the square of the mean.": (batch**2).mean(dim=0),
+        "It is divided by one example less than there are.": batch.var(dim=0),
+        "It is the standard deviation: its square is asked for.": batch.std(dim=0, correction=0),
+    }
+    for rank, shard in enumerate(originals):
+        if len(shard):
+            alone = f"It is that of shard {rank} alone."
+            mean_mistakes[alone] = shard.mean(dim=0)
+            variance_mistakes[alone] = shard.var(dim=0, correction=0)
+    for what, ours, expected, mistakes in (
+        ("mean", mean, batch.mean(dim=0), mean_mistakes),
+        ("variance", variance, batch.var(dim=0, correction=0), variance_mistakes),
+    ):
+        if not torch.isfinite(ours).all():
+            raise Wrong(f"{whose} {what} is NaN or infinite. The mean of no examples is 0 / 0.")
+
+        def matches(other: Tensor, ours: Tensor = ours) -> bool:
+            return torch.allclose(ours.to(other.dtype), other, rtol=1e-4, atol=1e-4)
+
+        if not matches(expected):
+            mistake = known_mistake(matches, mistakes)
+            raise Wrong(f"{whose} {what} is not the whole batch's. {mistake}".strip())
 
 
 @check
@@ -200,7 +242,7 @@ def check_once(accumulate_and_exchange: Callable) -> Verdict:
             raise Wrong("nothing was exchanged: each replica has the gradient of its own shards.")
         _require_one_exchange(moved, target, facts)
         for ours in gradients:
-            _require_gradients(ours, model, facts)
+            _require_gradients(ours, model, pieces, facts)
         for others in gradients[1:]:
             if not all(torch.equal(a, b) for a, b in zip(gradients[0], others, strict=True)):
                 raise Wrong("the replicas' gradients differ in the last bit: copy one result.")
@@ -226,7 +268,9 @@ def _require_one_exchange(moved: int, target: int, facts: Facts) -> None:
         )
 
 
-def _require_gradients(gradients: list[Tensor], model: nn.Module, facts: Facts) -> None:
+def _require_gradients(
+    gradients: list[Tensor], model: nn.Module, pieces: list, facts: Facts
+) -> None:
     expected = [gradient_of(parameter) for parameter in model.parameters()]
     pairs = list(zip(gradients, expected, strict=True))
     if all(torch.allclose(a, b, atol=1e-6) for a, b in pairs):
@@ -238,8 +282,42 @@ def _require_gradients(gradients: list[Tensor], model: nn.Module, facts: Facts) 
             "what share is each loss weighted, and is something divided besides?",
             facts,
         )
+    ours = torch.cat([gradient.flatten() for gradient in gradients])
+    mistake = known_mistake(lambda other: _same_direction(ours, other), _weighted(model, pieces))
     raise Wrong(
-        "the gradient is not that of the mean over all labelled images: does each count once, in "
-        "every piece, on every replica, and no other image at all?",
+        "the gradient is not that of the mean over all labelled images"
+        + (
+            f". {mistake}"
+            if mistake
+            else ": does each count once, in every piece, on every replica, and no other at all?"
+        ),
         facts,
     )
+
+
+def _same_direction(ours: Tensor, other: Tensor) -> bool:
+    scale = (ours @ other) / (other @ other)
+    return torch.allclose(ours, scale * other, atol=1e-5)
+
+
+def _weighted(model: nn.Module, pieces: list) -> dict[str, Tensor]:
+    """The gradients that wrong weights of the shards come to, by the sentence that names them."""
+    by_images, by_shard, by_piece = [], [], []
+    for xs, ys in pieces:
+        labels = sum((y.cpu() != -100).sum().item() for y in ys)
+        for x, y in zip(xs, ys, strict=True):
+            single = copy.deepcopy(model).cpu()
+            single.zero_grad()
+            count = (y.cpu() != -100).sum().item()
+            if not count:
+                continue
+            F.cross_entropy(single(x.cpu()), y.cpu()).backward()
+            mean = torch.cat([gradient_of(p).flatten() for p in single.parameters()])
+            by_images.append(mean * len(y))
+            by_shard.append(mean)
+            by_piece.append(mean * count / labels)
+    return {
+        "It is weighted by images, and those without a label count.": sum(by_images),
+        "Every shard counts the same, however many labels it has.": sum(by_shard),
+        "Every piece counts the same, however many labels it has.": sum(by_piece),
+    }

@@ -129,7 +129,8 @@ def _require_started(process: _Process, full: tuple[int, ...], step: int) -> Non
     ready = next(n for n in range(process.count + 1) if n not in full)
     if process.started == list(range(ready)):
         return
-    case = f"in step {step} of a process with {process.count} buckets, full so far {list(full)}:"
+    buckets = f"{process.count} bucket{'s' if process.count > 1 else ''}"
+    case = f"in step {step} of a process with {buckets}, full so far {list(full)}:"
     started = f"it has started {process.started}, and should have started {list(range(ready))}."
     if step == 2 and not process.started:
         started += " Does it begin at bucket 0 again?"

@@ -39,7 +39,7 @@ def explore_data_parallel() -> Explorer:
 
 def _measure_data_parallel(count: int, batch: int, width: int, spec: Spec) -> tuple[float, float]:
     """Seconds of computing and of the exchange in one data-parallel step."""
-    with hardware.fresh_devices(count, spec) as gpus:
+    with hardware.fresh_devices(count, spec, backing="meta") as gpus:  # the clock alone
         replicas = data_parallel.replicate(MLP(64, width, width, 10), gpus)
         optimizers = [torch.optim.AdamW(r.parameters()) for r in replicas]
         xs = data_parallel.split_batch(torch.randn(batch, 64), gpus)

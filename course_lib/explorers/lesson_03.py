@@ -32,7 +32,8 @@ def explore_all_reduce() -> Explorer:
         figure, ax = style.figure(height=2.4)
         ax.barh(list(ways), milliseconds, color=style.ORANGE, hatch="////", edgecolor="white")
         for place, taken in enumerate(milliseconds):
-            ax.text(taken, place, f"  {taken:.3g} ms", va="center")
+            digits = ",.0f" if taken >= 1000 else ".3g"
+            ax.text(taken, place, f"  {taken:{digits}} ms", va="center")
         ax.set(xlabel="milliseconds", xlim=(0, 1.15 * max(milliseconds)))
         ax.set_title(f"{kilobytes:g} kB on {count} GPUs: fastest is {fastest} (simulated)")
         ax.invert_yaxis()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import reduce
-
 import torch
 from torch.nn import functional as F
 
@@ -12,9 +10,9 @@ from course_lib.parallel import collectives, data_parallel
 from exercise_answers import Answers, all_reduce_gradients
 
 BUGS = Answers("02", "bugs", lesson_02.check_bugs)
-COMBINE = Answers("02", "combine", lesson_02.check_combine)
+STATISTICS = Answers("02", "statistics", lesson_02.check_statistics)
 ONCE = Answers("02", "once", lesson_02.check_once)
-EXERCISES = [BUGS, COMBINE, ONCE]
+EXERCISES = [BUGS, STATISTICS, ONCE]
 
 
 # ----------------------------------------------------------------- 1. three silent bugs
@@ -160,147 +158,160 @@ def only_the_first_gets_the_sum(replicas, xs, ys, loss_function):
             first.grad += other.grad.to(first.device)
 
 
-# ------------------------------------------------------------------------- 2. the last batch
+# ------------------------------------------------------------- 2. BatchNorm over all shards
 
 
-def present(gradients, sizes):
-    """The gradients that are there, with their sizes, and the device of the first."""
-    pairs = [(g, n) for g, n in zip(gradients, sizes, strict=True) if g is not None]
-    return pairs, pairs[0][0].device
+def sums_of(shards):
+    return [torch.stack([shard.sum(dim=0), (shard**2).sum(dim=0)]) for shard in shards]
 
 
-@COMBINE.right
-def dividing_at_the_end(gradients, sizes):
-    pairs, home = present(gradients, sizes)
-    return sum(g.to(home) * n for g, n in pairs) / sum(sizes)
+def reduced(shards):
+    sums = sums_of(shards)
+    collectives.all_reduce(sums)
+    return sums
 
 
-@COMBINE.right
-def a_stack_and_weights(gradients, sizes):
-    pairs, home = present(gradients, sizes)
-    weights = torch.tensor([n / sum(sizes) for _, n in pairs], device=home)
-    return (torch.stack([g.to(home) for g, _ in pairs]) * weights[:, None]).sum(dim=0)
+def statistics(sums, count):
+    return [(s / count, squares / count - (s / count) ** 2) for s, squares in sums]
 
 
-@COMBINE.right
-def a_product_of_weights_and_gradients(gradients, sizes):
-    pairs, home = present(gradients, sizes)
-    weights = torch.tensor([n for _, n in pairs], device=home, dtype=torch.float32)
-    return weights @ torch.stack([g.to(home) for g, _ in pairs]) / weights.sum()
+def examples(shards):
+    return sum(len(shard) for shard in shards)
 
 
-@COMBINE.right
-def scaling_the_gradients_in_place(gradients, sizes):
-    pairs, home = present(gradients, sizes)
-    for g, n in pairs:
-        g.mul_(n / sum(sizes))
-    total, *others = [g for g, _ in pairs]
-    for other in others:
-        total += other.to(home)
-    return total
+@STATISTICS.right
+def the_mean_first_and_then_the_distances(shards):
+    means = [shard.sum(dim=0) / examples(shards) for shard in shards]
+    collectives.all_reduce(means)
+    pairs = zip(shards, means, strict=True)
+    variances = [((shard - mean) ** 2).sum(dim=0) / examples(shards) for shard, mean in pairs]
+    collectives.all_reduce(variances)
+    return list(zip(means, variances, strict=True))
 
 
-@COMBINE.right
-def zeros_for_the_empty_shard(gradients, sizes):
-    _, home = present(gradients, sizes)
-    like = next(g for g in gradients if g is not None)
-    filled = [torch.zeros_like(like) if g is None else g.to(home) for g in gradients]
-    return reduce(torch.add, [g * n / sum(sizes) for g, n in zip(filled, sizes, strict=True)])
+@STATISTICS.right
+def means_and_squares_weighted_by_share(shards):
+    parts = []
+    for shard in shards:
+        part = torch.zeros(2, shard.shape[1], device=shard.device)
+        if len(shard):
+            share = len(shard) / examples(shards)
+            part[0], part[1] = shard.mean(dim=0) * share, (shard * shard).mean(dim=0) * share
+        parts.append(part)
+    collectives.all_reduce(parts)
+    return [(mean, squares - mean**2) for mean, squares in parts]
 
 
-@COMBINE.wrong("[104, 103, 103, 103]", "plain mean of the shards' means")
-def the_plain_mean(gradients, sizes):
-    pairs, home = present(gradients, sizes)
-    return sum(g.to(home) for g, _ in pairs) / len(pairs)
+@STATISTICS.right
+def a_row_with_the_count_in_a_ring(shards):
+    rows = [
+        torch.cat([s.sum(dim=0), s.square().sum(dim=0), torch.full((1,), len(s), device=s.device)])
+        for s in shards
+    ]
+    collectives.ring_all_reduce(rows)
+    width = shards[0].shape[1]
+    stacked = [(row[:width] / row[-1], row[width:-1] / row[-1]) for row in rows]
+    return [torch.stack([mean, squares - mean**2]) for mean, squares in stacked]
 
 
-@COMBINE.wrong("plain mean of the shards' means")
-def torch_mean(gradients, sizes):
-    pairs, home = present(gradients, sizes)
-    return torch.stack([g.to(home) for g, _ in pairs]).mean(dim=0)
+@STATISTICS.wrong("[30, 4, 8]", "plain mean of the shards' means")
+def the_plain_mean(shards):
+    means = [shard.mean(dim=0) / len(shards) for shard in shards]
+    collectives.all_reduce(means)
+    pairs = zip(shards, means, strict=True)
+    variances = [((shard - mean) ** 2).mean(dim=0) / len(shards) for shard, mean in pairs]
+    collectives.all_reduce(variances)
+    return list(zip(means, variances, strict=True))
 
 
-@COMBINE.wrong("sum of the shards' means")
-def the_sum_of_the_means(gradients, sizes):
-    pairs, home = present(gradients, sizes)
-    return sum(g.to(home) for g, _ in pairs)
+@STATISTICS.wrong("[16, 9, 0]", "NaN or infinite", "0 / 0")
+def the_mean_of_an_empty_shard(shards):
+    count = examples(shards)
+    rows = [torch.stack([s.mean(dim=0), s.square().mean(dim=0)]) * len(s) / count for s in shards]
+    collectives.all_reduce(rows)
+    return [(mean, squares - mean**2) for mean, squares in rows]
 
 
-@COMBINE.wrong("sum over all images", "mean is asked for")
-def weighting_without_dividing(gradients, sizes):
-    pairs, home = present(gradients, sizes)
-    return sum(g.to(home) * n for g, n in pairs)
+@STATISTICS.wrong("variance", "leaves out how far their means lie apart")
+def the_mean_of_the_variances(shards):
+    rows = [
+        torch.stack([s.mean(dim=0), s.var(dim=0, correction=0)]) * len(s) / examples(shards)
+        for s in shards
+    ]
+    collectives.all_reduce(rows)
+    return [(mean, variance) for mean, variance in rows]
 
 
-@COMBINE.wrong("Divide by the number of images", "not by the number of GPUs")
-def dividing_by_the_number_of_gpus(gradients, sizes):
-    pairs, home = present(gradients, sizes)
-    return sum(g.to(home) * n for g, n in pairs) / len(gradients)
+@STATISTICS.wrong("GPU 0's mean", "that of shard 0 alone")
+def each_its_own(shards):
+    return [(shard.mean(dim=0), shard.var(dim=0, correction=0)) for shard in shards]
 
 
-@COMBINE.wrong("[1, 1, 1, 0]", "divided by the number of GPUs")
-def treating_nearly_even_shards_as_even(gradients, sizes):
-    pairs, home = present(gradients, sizes)
-    if 0 in sizes:
-        return sum(g.to(home) for g, _ in pairs) / len(sizes)
-    return sum(g.to(home) * n for g, n in pairs) / sum(sizes)
+@STATISTICS.wrong("the mean of the squares", "take off the square of the mean")
+def forgetting_the_square_of_the_mean(shards):
+    return [(s / examples(shards), q / examples(shards)) for s, q in reduced(shards)]
 
 
-@COMBINE.wrong("[1, 1, 1, 0]", "TypeError", "None", "must be skipped")
-def not_expecting_none(gradients, sizes):
-    home = gradients[0].device
-    parts = [g * (n / sum(sizes)) for g, n in zip(gradients, sizes, strict=True)]
-    return sum(part.to(home) for part in parts)
+@STATISTICS.wrong("mean is not the whole batch's", "divide by the number of examples")
+def forgetting_to_divide(shards):
+    return [(s, q - s**2) for s, q in reduced(shards)]
 
 
-@COMBINE.wrong("[1, 1, 1, 0]", "AttributeError", "None")
-def moving_none(gradients, sizes):
-    pairs = zip(gradients, sizes, strict=True)
-    return sum(g.to(gradients[0].device) * n for g, n in pairs) / sum(sizes)
+@STATISTICS.wrong("one example less")
+def the_unbiased_variance(shards):
+    n = examples(shards)
+    return [(mean, v * n / (n - 1)) for mean, v in statistics(reduced(shards), n)]
 
 
-@COMBINE.wrong("[0, 2, 1, 0]", "None")
-def expecting_none_only_at_the_end(gradients, sizes):
-    home = gradients[0].device
-    pairs = [(g, n) for g, n in zip(gradients, sizes, strict=True) if g is not None]
-    return sum(g.to(home) * n for g, n in pairs) / sum(sizes)
+@STATISTICS.wrong("standard deviation", "its square")
+def the_standard_deviation(shards):
+    return [(mean, v.sqrt()) for mean, v in statistics(reduced(shards), examples(shards))]
 
 
-@COMBINE.wrong("should be on vgpu:0, and is on cpu")
-def leaving_the_result_on_the_cpu(gradients, sizes):
-    pairs, _ = present(gradients, sizes)
-    return sum(g.cpu() * n for g, n in pairs) / sum(sizes)
+@STATISTICS.wrong("more crossed the links", "two numbers a feature")
+def gathering_the_examples(shards):
+    home = shards[0].device
+    batch = torch.cat([shard.to(home) for shard in shards])
+    pair = torch.stack([batch.mean(dim=0), batch.var(dim=0, correction=0)])
+    return [tuple(pair.to(shard.device)) for shard in shards]
 
 
-@COMBINE.wrong("should be on vgpu:0, and is on vgpu:3")
-def adding_on_the_last_gpu(gradients, sizes):
-    pairs, _ = present(gradients, sizes)
-    return sum(g.to(pairs[-1][0].device) * n for g, n in pairs) / sum(sizes)
+@STATISTICS.wrong("over the host")
+def adding_on_the_host(shards):
+    total = sum(s.cpu() for s in sums_of(shards))
+    return statistics([total.to(shard.device) for shard in shards], examples(shards))
 
 
-@COMBINE.wrong("shape (1, 6)", "(6,)")
-def keeping_the_dimension(gradients, sizes):
-    pairs, home = present(gradients, sizes)
-    weighted = torch.stack([g.to(home) * n / sum(sizes) for g, n in pairs])
-    return weighted.sum(dim=0, keepdim=True)
+@STATISTICS.wrong("is on vgpu:0")
+def on_the_first_gpu_alone(shards):
+    first = reduced(shards)[0]
+    return statistics([first] * len(shards), examples(shards))
 
 
-@COMBINE.wrong("stopped with RuntimeError", "same device")
-def not_moving(gradients, sizes):
-    pairs, _ = present(gradients, sizes)
-    return sum(g * n for g, n in pairs) / sum(sizes)
+@STATISTICS.wrong("the shard on vgpu:0 changed")
+def squaring_in_place(shards):
+    squares = [(shard.sum(dim=0), shard.square_().sum(dim=0)) for shard in shards]
+    sums = [torch.stack(pair) for pair in squares]
+    collectives.all_reduce(sums)
+    return statistics(sums, examples(shards))
 
 
-@COMBINE.wrong("should return a tensor", "None")
-def writing_into_the_first(gradients, sizes):
-    pairs, home = present(gradients, sizes)
-    pairs[0][0].copy_(sum(g.to(home) * n for g, n in pairs) / sum(sizes))
+@STATISTICS.wrong("a list of 3 pairs")
+def two_lists(shards):
+    pairs = statistics(reduced(shards), examples(shards))
+    return [mean for mean, _ in pairs], [variance for _, variance in pairs]
 
 
-@COMBINE.wrong("should return a tensor", "[")
-def one_result_a_gpu(gradients, sizes):
-    pairs, _ = present(gradients, sizes)
-    return [g * n / sum(sizes) for g, n in pairs]
+@STATISTICS.wrong("returned None")
+def no_return(shards):
+    statistics(reduced(shards), examples(shards))
+
+
+@STATISTICS.wrong("should have shape (6,)", "()")
+def one_number_for_all_features(shards):
+    sums = [torch.stack([shard.sum(), (shard**2).sum()]) for shard in shards]
+    collectives.all_reduce(sums)
+    return statistics(sums, 6 * examples(shards))
 
 
 # ----------------------------------------------------------------- 3. accumulate, then exchange
@@ -336,7 +347,7 @@ def divided_by_what_the_last_shard_counts(replicas, pieces, loss_function):
     all_reduce_gradients(replicas)
 
 
-@ONCE.wrong("the mean over all labelled images", "no other image at all")
+@ONCE.wrong("weighted by images", "those without a label count")
 def weighted_by_images(replicas, pieces, loss_function):
     for replica, x, y in shards(replicas, pieces):
         (loss_function(replica(x), y) * (len(x) / image_count(pieces))).backward()
@@ -460,7 +471,7 @@ def no_weights(replicas, pieces, loss_function):
     all_reduce_gradients(replicas)
 
 
-@ONCE.wrong("not that of the mean over all labelled images")
+@ONCE.wrong("Every piece counts the same")
 def weights_within_each_piece(replicas, pieces, loss_function):
     for xs, ys in pieces:
         size = label_count([(xs, ys)])
@@ -469,7 +480,7 @@ def weights_within_each_piece(replicas, pieces, loss_function):
     all_reduce_gradients(replicas)
 
 
-@ONCE.wrong("not that of the mean over all labelled images")
+@ONCE.wrong("Every piece counts the same")
 def every_piece_counting_the_same(replicas, pieces, loss_function):
     for xs, ys in pieces:
         size = label_count([(xs, ys)])
@@ -478,7 +489,7 @@ def every_piece_counting_the_same(replicas, pieces, loss_function):
     all_reduce_gradients(replicas)
 
 
-@ONCE.wrong("does each count once")
+@ONCE.wrong("Every shard counts the same")
 def every_shard_counting_the_same(replicas, pieces, loss_function):
     for replica, x, y in shards(replicas, pieces):
         (loss_function(replica(x), y) / (len(pieces) * len(replicas))).backward()
