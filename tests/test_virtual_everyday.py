@@ -41,6 +41,16 @@ def test_one_hot_refuses_a_class_that_is_out_of_range():
         F.one_hot(classes, 3)
 
 
+def test_one_hot_makes_the_host_wait_only_if_it_must_count_the_classes():
+    classes = torch.zeros(1_000_000, dtype=torch.long, device="vgpu:0")
+    launch = course_lib.CLASSROOM.launch_overhead
+    before = course_lib.host_seconds()
+    F.one_hot(classes, 7)
+    assert course_lib.host_seconds() - before == pytest.approx(launch)
+    F.one_hot(classes)
+    assert course_lib.host_seconds() - before > 3 * launch
+
+
 def test_one_hot_without_numbers():
     course_lib.devices(1, backing="meta")
     assert F.one_hot(torch.zeros(2, 3, dtype=torch.long, device="vgpu:0"), 7).shape == (2, 3, 7)

@@ -223,7 +223,12 @@ def _dropout_backward(operator: Operator, args: tuple, kwargs: dict) -> VirtualT
 
 @runs(aten.one_hot.default)
 def _one_hot(operator: Operator, args: tuple, kwargs: dict) -> VirtualTensor:
-    """``F.one_hot`` as on the CPU, which refuses a class that is out of range."""
+    """``F.one_hot`` as on the CPU, which refuses a class that is out of range.
+
+    The host waits only if it must find out how many classes there are, as on CUDA.
+    """
+    if len(args) == 2 and args[1] != -1:
+        operator = _without_waiting(operator)
     if machine.backing.type != "meta":
         return execute(operator, args, kwargs)
     tensor, classes = args

@@ -1,0 +1,141 @@
+"""Expert parallelism: the experts of a layer dealt to several GPUs, and tokens that travel there.
+
+Every GPU has its own tokens, as in data parallelism, a copy of the router, and some of the experts.
+An all-to-all brings each token to its experts, and another one brings what they made of it back;
+their backward passes are all-to-alls in the other direction. Lesson 12 derives it; GShard
+(Lepikhin and others, 2020) is the paper, ``DeepSpeed-MoE`` and Megatron-LM the engines.
+
+With fixed places in every expert (``experts.Router``) all messages have a size that is known before
+the router has spoken, so that the host never waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from course_lib.parallel.collectives import ring_all_reduce
+from course_lib.parallel.experts import MixtureOfExperts, Routing, combine, dispatch, run_experts
+from course_lib.parallel.kinds import Devices, Tensors
+from course_lib.parallel.node_collectives import all_to_all
+
+
+class _AllToAll(torch.autograd.Function):
+    """``parts[r][d]``, in one row after the other, to ``result[d][r]``; and back."""
+
+    @staticmethod
+    def forward(ctx: Any, *parts: Tensor) -> tuple[Tensor, ...]:
+        return _exchange(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return _exchange(gradients)
+
+
+def _exchange(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    count = round(len(parts) ** 0.5)
+    rows = [parts[rank * count : (rank + 1) * count] for rank in range(count)]
+    # An output must not be an input, and a rank's part for itself is not copied.
+    return tuple(part.view_as(part) for row in all_to_all(rows) for part in row)
+
+
+def exchange(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """What every rank has for rank d, as one tensor on d, along dimension 0; with a gradient.
+
+    Args:
+        parts: ``parts[r][d]`` is on the device of rank r; all of one shape.
+    """
+    count = len(parts)
+    flat = _AllToAll.apply(*[part for row in parts for part in row])
+    return [torch.stack(flat[rank * count : (rank + 1) * count]) for rank in range(count)]
+
+
+class ExpertParallel(nn.Module):
+    """A mixture of experts over several devices.
+
+        outputs, balances = layer(inputs)           # tensors, one a device
+        torch.autograd.backward([loss(...) for ...])
+        layer.reduce_gradients()
+
+    Args:
+        moe: it stays as it is.
+        devices: one a rank; rank r has experts r E/N to (r + 1) E/N - 1.
+
+    Raises:
+        ValueError: the experts do not divide among the devices.
+    """
+
+    def __init__(self, moe: MixtureOfExperts, devices: Devices) -> None:
+        super().__init__()
+        if len(moe.experts) % len(devices):
+            raise ValueError(
+                f"{len(moe.experts)} experts do not divide among {len(devices)} devices"
+            )
+        self.devices = list(devices)
+        each = len(moe.experts) // len(devices)
+        self.routers = nn.ModuleList(deepcopy(moe.router).to(device) for device in devices)
+        parts = [moe.experts[rank * each : (rank + 1) * each] for rank in range(len(devices))]
+        self.experts = nn.ModuleList(
+            nn.ModuleList(deepcopy(expert).to(device) for expert in part)
+            for part, device in zip(parts, devices, strict=True)
+        )
+
+    def forward(self, xs_TD: Tensors) -> tuple[list[Tensor], list[Tensor]]:
+        """Each device's outputs, [T, D], and its auxiliary loss.
+
+        Args:
+            xs_TD: each device's tokens, as many on all.
+
+        Raises:
+            ValueError: there is not one for each device, or one has more tokens than another.
+        """
+        if len(xs_TD) != len(self.devices):
+            raise ValueError(f"{len(xs_TD)} inputs for {len(self.devices)} devices")
+        if len({len(x_TD) for x_TD in xs_TD}) > 1:
+            tokens = [len(x_TD) for x_TD in xs_TD]
+            raise ValueError(f"every device needs as many tokens as the others, not {tokens}")
+        count = len(self.devices)
+        routings: list[Routing] = [
+            router(x_TD) for router, x_TD in zip(self.routers, xs_TD, strict=True)
+        ]
+        parts = [
+            dispatch(x_TD, routing).chunk(count)
+            for x_TD, routing in zip(xs_TD, routings, strict=True)
+        ]
+        worked = [self._work(rank, arrived_NRD) for rank, arrived_NRD in enumerate(exchange(parts))]
+        returned = exchange([out_NRD.unbind() for out_NRD in worked])
+        outputs = [
+            combine(rows_NRD.flatten(0, 1), routing)
+            for rows_NRD, routing in zip(returned, routings, strict=True)
+        ]
+        return outputs, [routing.balance for routing in routings]
+
+    def _work(self, rank: int, arrived_NRD: Tensor) -> Tensor:
+        """What a rank's experts make of what came from all N ranks: as many rows, in order."""
+        experts = self.experts[rank]
+        assert isinstance(experts, nn.ModuleList)  # which a ModuleList of them does not tell
+        count, rows, width = arrived_NRD.shape
+        by_expert = arrived_NRD.view(count, len(experts), -1, width).transpose(0, 1)
+        out = run_experts(experts, by_expert.reshape(len(experts), -1, width).unbind())
+        return out.view(len(experts), count, -1, width).transpose(0, 1).reshape(count, rows, width)
+
+    def reduce_gradients(self) -> None:
+        """Add up the routers' gradients, as data parallelism does. Experts need no such thing: all
+        tokens that visited one are in its gradient."""
+        for parameters in zip(*[router.parameters() for router in self.routers], strict=True):
+            ring_all_reduce([p.grad for p in parameters if p.grad is not None])
+
+
+def exchange_bytes(devices: int, rows: int, width: int, itemsize: int = 4) -> int:
+    """Bytes that one exchange moves between the devices in all: each keeps one part in ``devices``.
+
+    A step has four: there and back, forward and backward.
+
+    Args:
+        rows: E x C of each device.
+    """
+    return (devices - 1) * rows * width * itemsize
