@@ -20,7 +20,7 @@ PYTEST := $(PY) -m pytest
 UNIT := -n 2
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=600 -n 2 --dist loadfile
 
-LINT := $(PY) -m ruff check . && $(VENV)/$(SCRIPTS)/lint-imports
+LINT := $(PY) -m ruff check . && $(VENV)/$(SCRIPTS)/lint-imports && $(PY) -m mypy
 
 # Jupyter looks here first for the kernel "python3", so it is this environment's own.
 export JUPYTER_PATH := $(CURDIR)/$(VENV)/share/jupyter
@@ -92,7 +92,7 @@ images: $(STAMP) ## Draw every picture anew
 bench: $(STAMP) ## Run the benchmarks
 	$(PY) tools/bench_virtual.py
 
-lint: $(STAMP) ## Check style (ruff) and the arrows between modules (import-linter)
+lint: $(STAMP) ## Check style (ruff), arrows between modules (import-linter), types (mypy)
 	@$(LINT)
 
 # torch keeps its pin: moving it is a decision, so edit that line by hand first. Its local version
@@ -109,7 +109,7 @@ constraints: ## Pin the newest version of everything else than torch in constrai
 	  sed -E -e 's/\+.*//' -e '/^(nvidia|cuda|triton)/d' "$$fresh/all"; } > constraints.txt
 
 clean: ## Remove caches and build leftovers (.venv stays)
-	rm -rf build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis notebooks/.ipynb_checkpoints
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .mypy_cache .hypothesis notebooks/.ipynb_checkpoints
 	find course_lib images tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 # torch first, at its pin: then nothing installed later can bring another build of it.

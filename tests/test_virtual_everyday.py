@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import course_lib
+from course_lib.virtual.tensor import VirtualTensor
 
 pytestmark = pytest.mark.usefixtures("vgpus")
 
@@ -64,12 +65,18 @@ def test_new_stays_with_its_tensor():
     assert made[-1].tolist() == [5, 6]
 
 
+def test_what_a_virtual_tensor_keeps_hides_no_method():
+    hidden = [name for name in VirtualTensor.__annotations__ if hasattr(torch.Tensor, name)]
+    x = torch.arange(3.0, device="vgpu:0")
+    assert not hidden and x.inner(x).item() == 5
+
+
 def test_tensors_move_under_inference_mode():
     with torch.inference_mode():
         x = torch.arange(2.0, device="vgpu:0")
         moved, beside = x.to("vgpu:1"), torch.ones(2, device="vgpu:2").to(x)
     assert str(moved.device) == "vgpu:1" and moved.tolist() == [0, 1]
-    assert str(beside.device) == "vgpu:0" and type(beside.inner) is torch.Tensor
+    assert str(beside.device) == "vgpu:0" and type(beside.held) is torch.Tensor
 
 
 def test_inference_counts_the_products_of_a_layer():

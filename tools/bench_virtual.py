@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +121,8 @@ def bench_size(count: int = 1_000_000) -> None:
     print(f"a trace of {count:,} spans: {resident_megabytes() - before:.0f} MB", end="")
     for draw in (recording.plot, recording.plot_memory):
         began = time.perf_counter()
-        draw().figure.savefig(io.BytesIO())
+        figure: Any = draw().figure
+        figure.savefig(io.BytesIO())
         print(f", {draw.__name__} in {time.perf_counter() - began:.1f} s", end="")
     print()
 

@@ -53,7 +53,7 @@ class Case:
 
     name: str
     model: Callable[[], nn.Module]
-    batch: Callable[[], tuple[Tensor, Tensor]]
+    batch: Callable[[], tuple[Tensor, ...]]
     loss: Callable[[Tensor, Tensor], Tensor]
     compute_bound: bool
     precision: torch.dtype
@@ -80,7 +80,16 @@ class Measurement:
     peak_memory: int
 
 
-def mlp(layers: int, width: int, batch: int) -> tuple:
+# A name, a model, a batch and a loss: what a Case begins with.
+Training = tuple[
+    str,
+    Callable[[], nn.Module],
+    Callable[[], tuple[Tensor, ...]],
+    Callable[[Tensor, Tensor], Tensor],
+]
+
+
+def mlp(layers: int, width: int, batch: int) -> Training:
     return (
         f"MLP, {layers} layers of width {width}, {batch} images",
         lambda: MLP(64, *[width] * (layers - 1), 10),
@@ -89,7 +98,7 @@ def mlp(layers: int, width: int, batch: int) -> tuple:
     )
 
 
-def gpt(depth: int, width: int, batch: int, length: int) -> tuple:
+def gpt(depth: int, width: int, batch: int, length: int) -> Training:
     return (
         f"GPT, {depth} blocks of width {width}, {batch} x {length} tokens",
         lambda: GPT(VOCABULARY, context=length, width=width, heads=width // 64, depth=depth),
@@ -253,7 +262,7 @@ def _operator_table(real: dict[str, float], virtual: dict[str, float]) -> list[s
         if real[name] and virtual[name]
     ]
     missing = [
-        f"{1 - sum(map(times.get, both)) / sum(times.values()):.0%} of the {what} time"
+        f"{1 - sum(times[name] for name in both) / sum(times.values()):.0%} of the {what} time"
         for what, times in (("measured", real), ("simulated", virtual))
         if sum(times.values())
     ]

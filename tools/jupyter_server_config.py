@@ -19,5 +19,6 @@ def keep_pictures(model: dict, **details: object) -> None:
                 data.pop(WIDGET_VIEW, None)
 
 
-c = get_config()  # noqa: F821  (Jupyter defines it where it reads this file)
+# Jupyter defines it where it reads this file.
+c = get_config()  # type: ignore[name-defined]  # noqa: F821
 c.ContentsManager.pre_save_hook = keep_pictures

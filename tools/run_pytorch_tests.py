@@ -148,7 +148,8 @@ def run_here(file: Path, device: str, text: str) -> None:
         for kind in vars(module).copy().values():
             if not (isinstance(kind, type) and kind.__name__.endswith(endings)):
                 continue
-            for test in unittest.defaultTestLoader.loadTestsFromTestCase(kind):
+            for method in unittest.defaultTestLoader.getTestCaseNames(kind):
+                test = kind(method)
                 name = _neutral(test, endings, device)
                 if name in done or text not in name:
                     continue
@@ -160,6 +161,7 @@ def run_here(file: Path, device: str, text: str) -> None:
 
 def _imported(file: Path) -> Any:
     spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None  # a file that ends in .py has both
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module
     spec.loader.exec_module(module)
@@ -203,7 +205,7 @@ def _last_words(traceback: str) -> str:
 def _stand_in_for_what_is_missing(file: Path) -> None:
     """Let the file's imports work, of packages and of helpers of another version of PyTorch."""
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 0:
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             try:
                 module = importlib.import_module(node.module)
             except ImportError:
@@ -216,7 +218,8 @@ def _stand_in_for_what_is_missing(file: Path) -> None:
 def _prepare_expecttest() -> None:
     if importlib.util.find_spec("expecttest") is None:
         # For tests that rewrite themselves; the device-generic ones do not.
-        sys.modules["expecttest"] = stand_in = ModuleType("expecttest")
+        stand_in: Any = ModuleType("expecttest")
+        sys.modules["expecttest"] = stand_in
         stand_in.TestCase = unittest.TestCase
 
 

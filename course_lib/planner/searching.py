@@ -102,7 +102,7 @@ def candidates(
         return [fixed[name]] if name in fixed else usual
 
     usual = {name: value for name, value in fixed.items() if name not in _SEARCHED}
-    start = Layout(batch, sequence_length, **usual)  # type: ignore[arg-type]
+    start = Layout(batch, sequence_length, **usual)
     node = _divisors(cluster.node_size)
     for tensor in choices("tensor", node):
         for context in choices(

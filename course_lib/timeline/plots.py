@@ -114,18 +114,19 @@ def _link_ends(trace: Trace) -> dict[_LinkEnd, list[tuple[float, float]]]:
     """When each end of a link between GPUs was busy."""
     busy: dict[_LinkEnd, list[tuple[float, float]]] = defaultdict(list)
     for span in trace.spans:
-        ends = [device for device in span.devices if device is not None]
-        if len(ends) == 2:  # else it is no copy, or one from or to the host
-            is_card = trace.link_of(span) == "network"
-            for device, receives in zip(ends, (False, True), strict=True):
-                number = trace.nodes.card_of(device) if is_card else device
-                busy[_LinkEnd(is_card, number, receives)].append((span.start, span.end))
+        source, destination = span.route or (None, None)
+        if source is None or destination is None:
+            continue
+        nodes = trace.nodes if trace.link_of(span) == "network" else None
+        for device, receives in ((source, False), (destination, True)):
+            number = nodes.card_of(device) if nodes else device
+            busy[_LinkEnd(nodes is not None, number, receives)].append((span.start, span.end))
     return busy
 
 
 def _link_end_name(trace: Trace, end: _LinkEnd) -> str:
     does = "receives" if end.receives else "sends"
-    if not end.is_card:
+    if not end.is_card or trace.nodes is None:
         return f"{trace.name_of(end.number)} {does}"
     node, card = divmod(end.number, trace.nodes.cards)
     return f"node {node} card {card} {does}"

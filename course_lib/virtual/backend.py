@@ -124,7 +124,8 @@ def _prepare_backward() -> None:
     threads the question does not arise, and the simulated order of work is always the same.
     The setting belongs to a thread, so every thread makes it as it enters backward.
     """
-    run_backward = torch.autograd._engine_run_backward
+    autograd: Any = torch.autograd
+    run_backward = autograd._engine_run_backward
 
     def run_on_this_thread(outputs: tuple, given: tuple, *args: Any, **kwargs: Any) -> Any:
         torch._C._set_multithreading_enabled(False)
@@ -139,7 +140,7 @@ def _prepare_backward() -> None:
         finally:
             interrupt.failure.error = None  # a local name would keep the traceback's tensors alive
 
-    torch.autograd._engine_run_backward = run_on_this_thread
+    autograd._engine_run_backward = run_on_this_thread
 
 
 def _register_operators(library: torch.library.Library) -> None:
@@ -192,7 +193,7 @@ def _create(func: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     return finish(operator, [], {}, index, [], out)
 
 
-def _copy_from(source: torch.Tensor, destination: torch.Tensor, non_blocking: bool = False):
+def _copy_from(source: torch.Tensor, destination: torch.Tensor, non_blocking: bool = False) -> Any:
     return copy_(Operator.of(aten.copy_.default), (destination, source, non_blocking), {})
 
 

@@ -84,9 +84,9 @@ def bytes_formula(func: torch._ops.OpOverload) -> Callable[[list, list], int]:
 def _read_and_written(inputs: list, written: list) -> int:
     total = 0
     for tensor in inputs:
-        total += tensor.inner.nbytes
+        total += tensor.held.nbytes
     for tensor in written:
-        total += tensor.inner.nbytes
+        total += tensor.held.nbytes
     return total
 
 

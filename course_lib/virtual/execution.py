@@ -19,7 +19,7 @@ from course_lib.virtual.operators import Operator, runs_all_others
 from course_lib.virtual.room import MAY_OUTGROW, check_output, refuse_if_host_is_full
 from course_lib.virtual.tensor import VirtualTensor, device_of, index_of, not_dense, wrap
 
-_is_alias_of = torch._C._is_alias_of
+_is_alias_of = torch._C._is_alias_of  # type: ignore[attr-defined]  # not in PyTorch's stubs
 
 
 @runs_all_others
@@ -31,33 +31,34 @@ def execute(operator: Operator, args: tuple, kwargs: dict) -> Any:
     for value in args:
         if type(value) is VirtualTensor:  # nearly always, and not worth a call
             tensors.append(value)
-            inner_args.append(value.inner)
+            inner_args.append(value.held)
         else:
             inner_args.append(_unwrap(value, tensors, host_tensors))
     inner_kwargs = {}
     for name, value in kwargs.items():
         inner_kwargs[name] = _unwrap(value, tensors, host_tensors)
-    index = tensors[0].index
+    index = tensors[0].device_index
     number = machine.number
     nbytes_multiplied = 1.0
     for tensor in tensors:
         allocation = tensor.allocation
         if allocation.memory.machine_number != number:
             machine.check_made_here(allocation.memory)
-        if tensor.index != index:
+        if tensor.device_index != index:
             raise mixed_devices(device_of(index), tensor.device)
         nbytes_multiplied *= allocation.nbytes
     if host_tensors:
         _check_host_tensors(operator, index, host_tensors, inner_args, inner_kwargs)
     if "device" in kwargs:
-        index = target_of(kwargs["device"], index)
-        inner_kwargs["device"] = machine.backing if index is not None else kwargs["device"]
-        if index is None:
+        target = target_of(kwargs["device"], index)
+        inner_kwargs["device"] = machine.backing if target is not None else kwargs["device"]
+        if target is None:
             return operator.run(*inner_args, **inner_kwargs)
+        index = target
     if operator.host_waits:
         check_has_numbers(operator.name)
     if nbytes_multiplied > MAY_OUTGROW and operator.may_outgrow:
-        inner_tensors = [tensor.inner for tensor in tensors]
+        inner_tensors = [tensor.held for tensor in tensors]
         check_output(operator, inner_args, inner_kwargs, index, inner_tensors)
     try:
         if operator.is_random and inner_kwargs.get("generator") is None:
@@ -80,6 +81,7 @@ def finish(
     out: Any,
 ) -> Any:
     """Wrap what an operator returned, and charge memory and clock for it."""
+    wrapped: Any
     written: list[VirtualTensor]
     if operator.returns_new:
         if type(out) is tuple:  # a gradient that nobody asked for is None
@@ -122,12 +124,12 @@ def _written_in_place(
     if operator.writes == [0] and isinstance(inner_args[0], torch.Tensor):
         return [inputs[0]]
     changed = _written_ids(operator, inner_args, inner_kwargs)
-    return [tensor for tensor in inputs if id(tensor.inner) in changed]
+    return [tensor for tensor in inputs if id(tensor.held) in changed]
 
 
 def _written_ids(operator: Operator, inner_args: list, inner_kwargs: dict) -> set[int]:
     """The ``id`` of every tensor among the arguments that the operator changes."""
-    changed = set()
+    changed: set[int] = set()
     for place in operator.writes:
         if isinstance(place, str):
             value = inner_kwargs.get(place)
@@ -150,7 +152,7 @@ def check_has_numbers(name: str) -> None:
 def follow_resized(tensors: list[VirtualTensor]) -> None:
     """Give each tensor whose inner one was resized its form, and its memory the new size."""
     for outer in tensors:
-        inner, allocation = outer.inner, outer.allocation
+        inner, allocation = outer.held, outer.allocation
         nbytes = inner.untyped_storage().nbytes()
         if nbytes != allocation.nbytes:
             allocation.resize(nbytes)
@@ -163,7 +165,7 @@ def _unwrap(value: Any, tensors: list[VirtualTensor], host_tensors: list[torch.T
     kind = type(value)
     if kind is VirtualTensor:
         tensors.append(value)
-        return value.inner
+        return value.held
     if kind in _PLAIN:
         return value
     if kind is list or kind is tuple:
@@ -186,7 +188,7 @@ def _check_host_tensors(
     inner_kwargs: dict,
 ) -> None:
     """Numbers and indices on the CPU may be read beside tensors of a device, as on CUDA."""
-    allowed = set()
+    allowed: set[int] = set()
     if operator.takes_host_indices:
         allowed.update(id(each) for each in inner_args[1])
     if operator.takes_host_scalars or operator.takes_host_indices:
@@ -225,7 +227,7 @@ def _wrap_output(
     """
     if isinstance(value, torch.Tensor):
         for owner in owners:
-            inner = owner.inner
+            inner = owner.held
             if value is inner:
                 return owner
             if _is_alias_of(value, inner):

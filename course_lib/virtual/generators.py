@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -34,7 +35,8 @@ _standard_generator_in_use = threading.RLock()  # all threads share the standard
 
 def check_generator(generator: torch.Generator) -> None:
     """Raise an error, in the words of CUDA, if ``generator`` is not of a virtual GPU."""
-    if generator._cdata not in made_for_devices:
+    in_cpp: Any = generator
+    if in_cpp._cdata not in made_for_devices:
         found = generator.device.type
         raise RuntimeError(
             f"Expected a '{DEVICE_TYPE}' device type for generator but found '{found}'. Make it "

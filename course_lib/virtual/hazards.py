@@ -13,10 +13,14 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from course_lib.virtual.streams import Stream, Ticket, Timekeeper
+
+if TYPE_CHECKING:
+    from course_lib.virtual.tensor import VirtualTensor
 
 HOST = "the host"
 
@@ -82,12 +86,12 @@ class Access:
         return self.ticket[0]
 
 
-def check(ticket: Ticket, inputs: list[torch.Tensor], written: list[torch.Tensor]) -> None:
+def check(ticket: Ticket, inputs: list[VirtualTensor], written: list[VirtualTensor]) -> None:
     """Note what the operation of ``ticket`` touches, and report what it touches too early.
 
     Args:
-        inputs: the virtual tensors that it reads, and those that it writes in place.
-        written: the virtual tensors that it writes, new ones too.
+        inputs: what it reads, and those that it writes in place.
+        written: what it writes, new tensors too.
     """
     changed = {id(tensor) for tensor in written}
     for tensor in {id(tensor): tensor for tensor in (*inputs, *written)}.values():
@@ -110,7 +114,7 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
         return 0, 0
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     last = sum((size - 1) * stride for size, stride in sizes)
-    start, width = tensor.storage_offset(), tensor.element_size()
+    start, width = int(tensor.storage_offset()), tensor.element_size()
     return start * width, (start + last + 1) * width
 
 

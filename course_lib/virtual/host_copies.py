@@ -53,7 +53,9 @@ class _Watch(overrides.TorchFunctionMode):
         self.flights: list[Flight] = []
         self.is_looking = False  # then PyTorch has taken it from the stack, and puts it back
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         self.is_looking = True
         try:
@@ -83,7 +85,8 @@ _threads = _Threads()
 def watch(clock: Clock, ticket: Ticket, on_host: torch.Tensor, writes_host: bool) -> None:
     """Report what the host does with ``on_host`` before it has waited for the copy ``ticket``."""
     flight = Flight(ticket, writes_host)
-    on_host.untyped_storage().vgpu_flight = flight
+    storage: Any = on_host.untyped_storage()
+    storage.vgpu_flight = flight
     mode = _threads.watch = _threads.watch or _Watch()
     mode.flights.append(flight)
     if not mode.is_looking:
@@ -117,7 +120,7 @@ def _look(func: Callable, args: tuple, kwargs: dict, result: Any) -> None:
     if name in _HARMLESS or any(tensor.device.type != "cpu" for tensor in everything):
         return  # no numbers are touched; or a device touches them, in the order of its stream
     for tensor in tensors:
-        storage = tensor.untyped_storage()
+        storage: Any = tensor.untyped_storage()
         flight = getattr(storage, "vgpu_flight", None)
         if flight is None or flight.is_over():
             continue

@@ -6,6 +6,8 @@ pinned tensor is an ordinary one whose storage carries a mark.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 aten = torch.ops.aten
@@ -30,5 +32,6 @@ def is_pinned(tensor: torch.Tensor, device: torch.device | None = None) -> bool:
 
 def _pin_memory(tensor: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
     copy = tensor.clone()
-    copy.untyped_storage().is_pinned_for_vgpu = True
+    storage: Any = copy.untyped_storage()
+    storage.is_pinned_for_vgpu = True
     return copy

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import struct
 from collections import OrderedDict
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -39,12 +40,19 @@ class DeviceGenerator(torch._C.Generator):
         backing: where its numbers are. On a real GPU all is as that GPU's generator has it.
     """
 
+    _cdata: int
+    _device: torch.device
+    _is_twister: bool
+    _words: int
+    _places: OrderedDict[int, torch.Tensor]
+
     def __new__(cls, device: torch.device, backing: torch.device) -> DeviceGenerator:
-        self = super().__new__(cls, backing if backing.type == "cuda" else "cpu")
+        make: Any = super().__new__
+        self = make(cls, backing if backing.type == "cuda" else "cpu")
         self._device = device
         self._is_twister = backing.type != "cuda"
         self._words = 0  # drawn when somebody last asked
-        self._places: OrderedDict[int, torch.Tensor] = OrderedDict()
+        self._places = OrderedDict()
         made_for_devices[self._cdata] = self
         return self
 
@@ -52,7 +60,7 @@ class DeviceGenerator(torch._C.Generator):
         pass  # all is done
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]  # nor can it be set in C++
         return self._device
 
     def manual_seed(self, seed: int) -> DeviceGenerator:
@@ -87,7 +95,8 @@ class DeviceGenerator(torch._C.Generator):
             RuntimeError: it is no state of a GPU's generator.
         """
         if not self._is_twister:
-            return super().set_state(state)
+            super().set_state(state)
+            return self
         if state.dtype != torch.uint8 or state.numel() != 16:
             raise RuntimeError(
                 f"RNG state is wrong size: that of {self.device} is a torch.ByteTensor of 16, its "
@@ -117,14 +126,16 @@ class DeviceGenerator(torch._C.Generator):
         self.set_full_state(plain)
         return offset
 
-    def set_offset(self, offset: int) -> None:
+    def set_offset(self, offset: int) -> DeviceGenerator:
         """Go to where :meth:`get_offset` would give ``offset``."""
         if not self._is_twister:
-            return super().set_offset(offset)
+            super().set_offset(offset)
+            return self
         pairs = offset & ~(_ODD_WORD | _KEPT_NORMAL)
         self._words = 2 * pairs + bool(offset & _ODD_WORD)
         self._note(self._words, self._at(self._words, False).get_state())
         self.set_full_state(self._at(self._words, bool(offset & _KEPT_NORMAL)).get_state())
+        return self
 
     def clone_state(self) -> torch.Generator:
         return _with_state(self.device, self.get_state())

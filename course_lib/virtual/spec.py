@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Real
+from typing import Any
 
 import torch
 
@@ -86,7 +87,7 @@ class Spec:
             network=self.network / factor,
         )
 
-    def with_(self, **changes: object) -> Spec:
+    def with_(self, **changes: Any) -> Spec:
         """The same GPU with some fields changed, as in ``A100.with_(memory=40e9)``."""
         names = [field.name for field in fields(self)]
         if unknown := [name for name in changes if name not in names]:

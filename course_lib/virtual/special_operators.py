@@ -71,7 +71,7 @@ def _to_copy(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
     device = kwargs.get("device")
     if device is None or device == source.device:
         return execute(operator, args, {**kwargs, "device": source.device})
-    destination = target_of(device, source.index)
+    destination = target_of(device, source.device_index)
     inner = _inner(source)
     if device.type == "meta":
         return operator.run(inner, **kwargs)  # the shape goes, and no number
@@ -93,7 +93,7 @@ def copy_(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
         return destination.fill_(source)
     if not isinstance(destination, VirtualTensor):
         check_has_numbers("copy_ to the host")
-    elif isinstance(source, VirtualTensor) and destination.index == source.index:
+    elif isinstance(source, VirtualTensor) and destination.device_index == source.device_index:
         return execute(operator, args, kwargs)
     operator.run(_inner(destination), _inner(source), *args[2:], **kwargs)
     non_blocking = any(args[2:]) or kwargs.get("non_blocking", False)
@@ -106,25 +106,26 @@ def _inner(tensor: torch.Tensor) -> torch.Tensor:
     if not isinstance(tensor, VirtualTensor):
         return tensor
     machine.check_made_here(tensor.allocation.memory)
-    return tensor.inner
+    return tensor.held
 
 
 def _charge_copy(source: torch.Tensor, destination: torch.Tensor, host_waits: bool = True) -> None:
     """Charge the clock for a copy; a tensor that is not virtual is on the host."""
-    is_read, is_written = (isinstance(end, VirtualTensor) for end in (source, destination))
+    read = [source] if isinstance(source, VirtualTensor) else []
+    written = [destination] if isinstance(destination, VirtualTensor) else []
     clock = machine.clock
     ticket = clock.copy(
-        source.index if is_read else None,
-        destination.index if is_written else None,
+        read[0].device_index if read else None,
+        written[0].device_index if written else None,
         source.nbytes,
         host_waits,
     )
     if not host_waits:
-        host_copies.watch(clock, ticket, destination if is_read else source, writes_host=is_read)
+        host_copies.watch(clock, ticket, destination if read else source, writes_host=bool(read))
     if clock.has_side_streams:
-        hazards.check(ticket, [source] * is_read, [destination] * is_written)
-    elif is_written:
-        destination.allocation.writer = ticket
+        hazards.check(ticket, read, written)
+    elif written:
+        written[0].allocation.writer = ticket
 
 
 @runs(aten._local_scalar_dense.default)
@@ -133,7 +134,7 @@ def item(operator: Operator, args: tuple, kwargs: dict) -> Any:
     check_has_numbers(".item()")
     (tensor,) = args
     inner = _inner(tensor)
-    stream = machine.clock.current[tensor.index]
+    stream = machine.clock.current[tensor.device_index]
     if machine.clock.has_side_streams:
         hazards.check((stream, stream.count, "item"), [tensor], [])
     stream.synchronize()
@@ -153,8 +154,8 @@ _RESHAPING = ("t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "as_str
 def _change_shape_in_place(operator: Operator, args: tuple, kwargs: dict) -> VirtualTensor:
     """``x.t_()`` and the like: the shape changes inside, and outside where PyTorch looks."""
     self = args[0]
-    operator.run(self.inner, *args[1:], **kwargs)
-    inner = self.inner
+    operator.run(self.held, *args[1:], **kwargs)
+    inner = self.held
     with torch.utils._mode_utils.no_dispatch():
         torch.as_strided_(self, inner.size(), inner.stride(), inner.storage_offset())
     return self
@@ -167,7 +168,7 @@ def _resize(operator: Operator, args: tuple, kwargs: dict) -> VirtualTensor:
     nbytes = (self.storage_offset() + math.prod(shape)) * self.element_size()
     if nbytes > self.allocation.nbytes:
         self.allocation.resize(nbytes)
-    operator.run(self.inner, shape, **kwargs)
+    operator.run(self.held, shape, **kwargs)
     follow_resized([self])
     return self
 
@@ -186,17 +187,17 @@ def set_(operator: Operator, args: tuple, kwargs: dict) -> VirtualTensor:
     self, *rest = args
     source = kwargs.pop("source", None) if "source" in kwargs else (rest.pop(0) if rest else None)
     if source is None:
-        allocation = machine.memories[self.index].allocate(0)
+        allocation = machine.memories[self.device_index].allocate(0)
         inner_source = []
     elif source.device == self.device:
-        allocation, inner_source = source.allocation, [source.inner]
+        allocation, inner_source = source.allocation, [source.held]
     else:
         raise RuntimeError(
             f"Attempted to set the storage of a tensor on device {self.device} to a storage on "
             f"different device {source.device}.  This is no longer allowed; the devices must match."
         )
-    operator.run(self.inner, *inner_source, *rest, **kwargs)
-    self.follow(self.inner, allocation)
+    operator.run(self.held, *inner_source, *rest, **kwargs)
+    self.follow(self.held, allocation)
     return self
 
 
@@ -207,9 +208,9 @@ def _dropout(operator: Operator, args: tuple, kwargs: dict) -> tuple[VirtualTens
     if not training or probability == 0:
         return execute(operator, args, kwargs)
     keep = torch.empty_like(_inner(x))
-    keep.bernoulli_(1 - probability, generator=machine.generators[x.index])
-    out = (x.inner * (keep / (1 - probability)), keep.bool())
-    return finish(operator, [], {}, x.index, [x], out)
+    keep.bernoulli_(1 - probability, generator=machine.generators[x.device_index])
+    out = (x.held * (keep / (1 - probability)), keep.bool())
+    return finish(operator, [], {}, x.device_index, [x], out)
 
 
 @runs(aten.native_dropout_backward.default)
@@ -217,8 +218,8 @@ def _dropout_backward(operator: Operator, args: tuple, kwargs: dict) -> VirtualT
     """The gradient of dropout, rounded as the CPU's autograd rounds it."""
     grad, mask, scale = args
     divisor = 1 / scale if scale else math.inf  # nothing was kept: the gradient is zero
-    out = grad.inner * (mask.inner.to(grad.dtype) / divisor)
-    return finish(operator, [], {}, grad.index, [grad, mask], out)
+    out = grad.held * (mask.held.to(grad.dtype) / divisor)
+    return finish(operator, [], {}, grad.device_index, [grad, mask], out)
 
 
 @runs(aten.one_hot.default)

@@ -28,11 +28,11 @@ class VirtualStorage(torch.UntypedStorage):
     """The storage of virtual tensors.
 
     Attributes:
-        inner: the storage with the numbers.
+        held: the storage with the numbers.
         allocation: the memory that it keeps in use, as every tensor on it does.
     """
 
-    inner: torch.UntypedStorage
+    held: torch.UntypedStorage
     allocation: Allocation
 
     @classmethod
@@ -40,24 +40,24 @@ class VirtualStorage(torch.UntypedStorage):
         cls, inner: torch.UntypedStorage, allocation: Allocation, device: torch.device
     ) -> VirtualStorage:
         """The one storage of ``allocation``, whose numbers are in ``inner``."""
-        storage = allocation.storage() if allocation.storage is not None else None
+        storage: Any = allocation.storage() if allocation.storage is not None else None
         if storage is None:
             make = torch._C._construct_storage_from_data_pointer
             storage = make(inner.data_ptr(), device, inner.nbytes())
             storage.__class__ = cls
-            storage.inner, storage.allocation = inner, allocation
+            storage.held, storage.allocation = inner, allocation
             allocation.storage = weakref.ref(storage)
         return storage
 
     def nbytes(self) -> int:
-        return self.inner.nbytes()
+        return self.held.nbytes()
 
     size = __len__ = nbytes
 
     def data_ptr(self) -> int:
-        if self.inner.device.type == "meta" and self.nbytes():
+        if self.held.device.type == "meta" and self.nbytes():
             return id(self.allocation) * _ADDRESSES_APART
-        return self.inner.data_ptr()
+        return self.held.data_ptr()
 
     @property
     def _cdata(self) -> int:
@@ -73,7 +73,7 @@ class VirtualStorage(torch.UntypedStorage):
             torch.OutOfMemoryError: the device is full.
         """
         self.allocation.resize(nbytes)
-        self.inner.resize_(nbytes)
+        self.held.resize_(nbytes)
         return self
 
     def as_bytes(self) -> torch.Tensor:
@@ -91,14 +91,14 @@ class VirtualStorage(torch.UntypedStorage):
         self.as_bytes().fill_(value)
         return self
 
-    def copy_(self, source: Any, non_blocking: bool | None = None) -> VirtualStorage:
+    def copy_(self, source: Any, non_blocking: bool | None = None) -> Any:
         self.as_bytes().copy_(_as_bytes(source), bool(non_blocking))
         return self
 
-    def clone(self) -> VirtualStorage:
+    def clone(self) -> Any:
         return self.as_bytes().clone().untyped_storage()
 
-    def new(self) -> VirtualStorage:
+    def new(self) -> Any:
         return torch.empty(0, dtype=torch.uint8, device=self.device).untyped_storage()
 
     def cpu(self) -> torch.UntypedStorage:
@@ -125,6 +125,9 @@ VirtualStorage.__name__ = "UntypedStorage"
 
 def prepare() -> None:
     """Let PyTorch's own storages go to virtual GPUs and be told from others. To be called once."""
+    pytorch: Any = torch
+    untyped_class: Any = torch.UntypedStorage
+    typed_class: Any = TypedStorage
     is_storage = torch.is_storage
     to, wrapped = torch.storage._to, TypedStorage._new_wrapped_storage
 
@@ -142,21 +145,22 @@ def prepare() -> None:
             return wrapped(self, storage)
         return TypedStorage(wrap_storage=storage, dtype=self.dtype, _internal=True)
 
-    torch.UntypedStorage.__new__ = _new_storage
-    torch.is_storage = lambda obj: isinstance(obj, VirtualStorage) or is_storage(obj)
+    untyped_class.__new__ = _new_storage
+    pytorch.is_storage = lambda obj: isinstance(obj, VirtualStorage) or is_storage(obj)
     torch.storage._to = to_device
     setattr(_StorageBase, DEVICE_TYPE, move)
-    TypedStorage._new_wrapped_storage = wrapped_also_virtual
+    typed_class._new_wrapped_storage = wrapped_also_virtual
 
 
-def _as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
+def _as_bytes(storage: Any) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _new_storage(cls: type, *args: Any, device: Any = None, **kwargs: Any) -> torch.UntypedStorage:
     """``torch.UntypedStorage(8, device="vgpu:1")``, for which C++ has no allocator to ask."""
     if device is None or torch.device(device).type != DEVICE_TYPE:
-        return torch._C.StorageBase.__new__(cls, *args, device=device, **kwargs)
+        make: Any = torch._C.StorageBase.__new__
+        return make(cls, *args, device=device, **kwargs)
     content = args[0] if args else 0
     if isinstance(content, int):
         return torch.empty(content, dtype=torch.uint8, device=device).untyped_storage()

@@ -53,14 +53,15 @@ class Task:
         else:
             self.ready = max(self.ready, other.end)
 
-    def run(self) -> None:
-        """Take the engines as soon as they are free; the times are known then."""
+    def run(self) -> float:
+        """Take the engines as soon as they are free; the times are known then. Returns its end."""
         start = max(self.ready, *[engine.free_at for engine in self.engines])
-        self.end = start + self.seconds
+        self.end = end = start + self.seconds
         for engine in self.engines:
-            engine.free_at = self.end
+            engine.free_at = end
         for span in self.spans:
-            span.start, span.end = start, self.end
+            span.start, span.end = start, end
+        return end
 
 
 class Tasks:
@@ -75,10 +76,11 @@ class Tasks:
         if not task.missing:
             heappush(self._ready, (task.ready, next(self._numbers), task))
 
-    def settle(self, task: Task) -> None:
-        """Work out the times of ``task``, and of all that is ready before it."""
+    def settle(self, task: Task) -> float:
+        """Work out the times of ``task``, and of all that is ready before it; returns its end."""
         while task.end is None:
             self._run_earliest()
+        return task.end
 
     def settle_until(self, seconds: float) -> None:
         """Work out the times of all that is ready by then; the rest is not done."""
@@ -87,15 +89,13 @@ class Tasks:
 
     def end_of(self, tasks: list[Task]) -> float:
         """When all ``tasks`` are done; zero if there are none."""
-        for task in tasks:
-            self.settle(task)
-        return max([task.end for task in tasks], default=0.0)
+        return max([self.settle(task) for task in tasks], default=0.0)
 
     def _run_earliest(self) -> None:
         _, _, task = heappop(self._ready)
-        task.run()
+        end = task.run()
         for follower in task.followers:
             follower.missing -= 1
-            follower.ready = max(follower.ready, task.end)
+            follower.ready = max(follower.ready, end)
             if not follower.missing:
                 self.add(follower)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch.storage import TypedStorage
@@ -22,41 +22,44 @@ from course_lib.virtual.operators import Operator, known_operators
 from course_lib.virtual.storages import VirtualStorage
 
 _make_wrapper = torch.Tensor._make_wrapper_subclass
+_data: Any = torch._C.TensorBase.data
 _DEVICES: dict[int, torch.device] = {}
 
 
 # What every virtual tensor has, and what PyTorch marks a parameter with.
-OF_VIRTUAL_TENSORS = {"inner", "index", "allocation", "_is_param"}
+OF_VIRTUAL_TENSORS = {"held", "device_index", "allocation", "_is_param"}
 
 
 class VirtualTensor(torch.Tensor):
     """A tensor on a virtual GPU. Made by :func:`wrap` and by nothing else.
 
     Attributes:
-        inner: the CPU tensor with the numbers.
-        index: which virtual GPU it is on.
+        held: the CPU tensor with the numbers.
+        device_index: which virtual GPU it is on.
         allocation: the memory that it keeps in use, shared with its views.
     """
 
-    inner: torch.Tensor
-    index: int
+    held: torch.Tensor
+    device_index: int
     allocation: Allocation
 
     # Nothing here changes what a Python-level function means, and asking costs 5 us a call.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(  # type: ignore[override]  # a class method, as PyTorch asks for one
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         operator = known_operators.get(id(func)) or Operator.of(func)
         return operator.handler(operator, args, kwargs or {})
 
-    def __repr__(self, *, tensor_contents: str | None = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # untyped
         machine.check_made_here(self.allocation.memory)
-        stream = machine.clock.current[self.index]
+        stream = machine.clock.current[self.device_index]
         if machine.clock.has_side_streams:
             hazards.check((stream, stream.count, "repr"), [self], [])
         stream.synchronize()
-        numbers = repr(self.inner).replace(f", device='{self.inner.device}'", "")
+        numbers = repr(self.held).replace(f", device='{self.held.device}'", "")
         suffix = f", device='{self.device}'"
         if self.grad_fn is not None:
             suffix += f", grad_fn=<{type(self.grad_fn).__name__}>"
@@ -71,7 +74,7 @@ class VirtualTensor(torch.Tensor):
         # f"{loss:.3f}" reads the number, as for any device.
         return format(self.item(), spec) if self.dim() == 0 else super().__format__(spec)
 
-    def numpy(self, *, force: bool = False):
+    def numpy(self, *, force: bool = False) -> Any:
         if not force:
             raise TypeError(
                 f"can't convert {self.device} device type tensor to numpy. "
@@ -79,7 +82,7 @@ class VirtualTensor(torch.Tensor):
             )
         return self.detach().cpu().numpy()
 
-    def __array__(self, dtype=None, copy=None):
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
         return self.numpy()
 
     def __deepcopy__(self, memo: dict) -> torch.Tensor:
@@ -87,6 +90,7 @@ class VirtualTensor(torch.Tensor):
             return memo[id(self)]
         if not self.is_leaf:
             raise RuntimeError("only a tensor that is no result of others can be deep-copied")
+        result: torch.Tensor
         if isinstance(self, torch.nn.Parameter):
             result = torch.nn.Parameter(self.detach().clone(), self.requires_grad)
         else:  # views of one memory are that in the copy too; unlike a parameter's, gradients stay
@@ -100,10 +104,11 @@ class VirtualTensor(torch.Tensor):
         memo[id(self)] = result
         return result
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
         # As PyTorch does it; its own method knows wrapper subclasses by their class alone.
         hooks: OrderedDict = OrderedDict()  # are not saved
         own = self._own_attributes()
+        what: tuple
         if isinstance(self, torch.nn.Parameter):
             what = (self.detach(), self.requires_grad, hooks)
             if own:
@@ -124,18 +129,21 @@ class VirtualTensor(torch.Tensor):
         return {name: own for name, own in vars(self).items() if name not in OF_VIRTUAL_TENSORS}
 
     def untyped_storage(self) -> VirtualStorage:
-        return VirtualStorage.around(self.inner.untyped_storage(), self.allocation, self.device)
+        return VirtualStorage.around(self.held.untyped_storage(), self.allocation, self.device)
 
     def data_ptr(self) -> int:
         if self.numel() == 0:
             return 0
-        return self.untyped_storage().data_ptr() + self.storage_offset() * self.element_size()
+        offset = int(self.storage_offset()) * self.element_size()
+        return self.untyped_storage().data_ptr() + offset
 
-    def new_tensor(self, data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
+    def new_tensor(  # type: ignore[override]  # PyTorch takes data alone by its place
+        self, data: Any, *, device: Any = None, **options: Any
+    ) -> torch.Tensor:
         # PyTorch would ask its guard for the current device, and mean this tensor's.
         return super().new_tensor(data, device=self.device if device is None else device, **options)
 
-    def new(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def new(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and type(args[0]) in (list, tuple):  # data, and not a shape
             return self.new_tensor(args[0], dtype=self.dtype)
         with torch.get_device_module(DEVICE_TYPE).device(self.device):  # as above
@@ -147,7 +155,7 @@ class VirtualTensor(torch.Tensor):
     def record_stream(self, stream: Any) -> None:
         """Nothing to do: memory here is reused in the order of the program."""
 
-    def as_subclass(self, cls: type) -> torch.Tensor:
+    def as_subclass(self, cls: Any) -> Any:
         return self if cls is torch.Tensor else super().as_subclass(cls)
 
     def tolist(self) -> Any:
@@ -155,10 +163,10 @@ class VirtualTensor(torch.Tensor):
 
     def follow(self, inner: torch.Tensor, allocation: Allocation) -> None:
         """Be a tensor around ``inner``, whose form may be another than this one's."""
-        form = wrap(inner, self.index, allocation)
+        form = wrap(inner, self.device_index, allocation)
         with torch._C._DisableTorchDispatch():
-            torch._C.TensorBase.data.__set__(self, form)
-        self.inner, self.allocation = inner, allocation
+            _data.__set__(self, form)
+        self.held, self.allocation = inner, allocation
 
 
 def device_of(index: int) -> torch.device:
@@ -193,8 +201,8 @@ def wrap(inner: torch.Tensor, index: int, allocation: Allocation | None = None) 
         layout,
         _DEVICES.get(index) or device_of(index),
     )
-    outer.inner = inner
-    outer.index = index
+    outer.held = inner
+    outer.device_index = index
     outer.allocation = allocation
     return outer
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from course_lib.virtual.machine import DEVICE_TYPE
+from course_lib.virtual.machine import DEVICE_TYPE, machine
+from course_lib.virtual.tensor import device_of, index_of
 
 _DTYPES = {
     torch.bool,
@@ -62,11 +63,11 @@ def _replace(**functions: Any) -> None:
 
 def _set_device(index: int) -> None:
     if index >= 0:  # PyTorch's word for "leave it"
-        torch.vgpu.set_device(index)
+        machine.clock.current_device = index_of(device_of(index))
 
 
 def _exchange_device(index: int) -> int:
-    before = torch.vgpu.current_device()
+    before = machine.clock.current_device
     _set_device(index)
     return before
 
@@ -74,13 +75,14 @@ def _exchange_device(index: int) -> int:
 def _current_stream(in_cpp: Callable[[int], Any], index: int) -> Any:
     # torch.compile, of a function for the CPU too, wants a stream of PyTorch's own class.
     tracing = torch._guards.TracingContext.try_get() is not None
-    return in_cpp(index) if tracing else torch.vgpu.current_stream(index)
+    return in_cpp(index) if tracing else torch.get_device_module(DEVICE_TYPE).current_stream(index)
 
 
 def _memory_stats(index: int) -> dict[str, Any]:
     """Bytes in use, under the names that PyTorch's allocators give them."""
+    vgpu = torch.get_device_module(DEVICE_TYPE)
     in_use = {
-        "current": torch.vgpu.memory_allocated(index),
-        "peak": torch.vgpu.max_memory_allocated(index),
+        "current": vgpu.memory_allocated(index),
+        "peak": vgpu.max_memory_allocated(index),
     }
     return {"allocated_bytes": {"all": in_use}, "reserved_bytes": {"all": dict(in_use)}}

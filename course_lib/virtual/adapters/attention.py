@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from course_lib.virtual.execution import mixed_devices
@@ -17,26 +19,26 @@ def register(library: torch.library.Library) -> None:
 
 
 def _attention(
-    query,
-    key,
-    value,
-    attn_mask=None,
-    dropout_p=0.0,
-    is_causal=False,
-    scale=None,
-    enable_gqa=False,
-):
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
     tensors = (query, key, value, attn_mask)
     for tensor in tensors[1:]:
         if tensor is not None and tensor.device != query.device:
             raise mixed_devices(query.device, tensor.device)
-    inner = [_like_on_cpu(tensor) for tensor in tensors]
+    q, k, v, mask = (_like_on_cpu(tensor) for tensor in tensors)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         allowed = attn_mask
         attn_mask = torch.zeros_like(allowed, dtype=query.dtype)
         attn_mask.masked_fill_(allowed.logical_not(), float("-inf"))
     choice = torch._fused_sdp_choice(
-        *inner, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
     learns_mask = attn_mask is not None and attn_mask.requires_grad
     on_cuda = machine.backing.type == "cuda"  # where the CPU's algorithm does not run
@@ -57,8 +59,8 @@ def _attention(
     )[0]
 
 
-def _like_on_cpu(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def _like_on_cpu(tensor: torch.Tensor | None) -> Any:
     """A CPU tensor of the same form, numbers aside, to ask what the CPU would do with it."""
     if tensor is None or machine.backing.type == "cpu":
-        return getattr(tensor, "inner", tensor)
+        return getattr(tensor, "held", tensor)
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)

@@ -61,7 +61,7 @@ def _run(func: torch._ops.OpOverload, dtype: torch.dtype | None, *args: Any, **k
         return func(*args, **kwargs)
 
 
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+_AUTOCAST = torch._C.DispatchKeySet(torch._C._dispatch_key_parse("AutocastPrivateUse1"))
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -24,16 +24,17 @@ _REFUSAL = (
 
 def prepare() -> None:
     """Let both refuse. To be called once."""
-    VirtualTensor.__tensor_flatten__ = property(_refuse_while_tracing)
+    tensor_class: Any = VirtualTensor
+    tensor_class.__tensor_flatten__ = property(_refuse_while_tracing)
     trace = _MakefxTracer.trace
 
-    def trace_others(self: _MakefxTracer, function: Any, *args: Any) -> Any:
+    def trace_others(self: _MakefxTracer, f: Any, *args: Any) -> Any:
         if any(isinstance(leaf, VirtualTensor) for leaf in tree_leaves(args)):
             raise RuntimeError(
                 "make_fx does not work on virtual GPUs, nor does torch.func.linearize, which is "
                 "made with it. Use torch.func.jvp."
             )
-        return trace(self, function, *args)
+        return trace(self, f, *args)
 
     _MakefxTracer.trace = trace_others
 

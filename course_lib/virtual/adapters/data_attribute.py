@@ -10,27 +10,30 @@ Rests on ``torch._C._swap_tensor_impl``, as ``torch.utils.swap_tensors`` does.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from course_lib.virtual.tensor import OF_VIRTUAL_TENSORS, VirtualTensor
 
-_in_cpp = torch._C.TensorBase.data
+_in_cpp: Any = torch._C.TensorBase.data
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 def prepare() -> None:
     """Change PyTorch as the module's text says. To be called once."""
-    torch.Tensor.data = property(_in_cpp.__get__, _set_data)
+    tensor_class: Any = torch.Tensor
+    tensor_class.data = property(_in_cpp.__get__, _set_data)
 
 
 def _set_data(self: torch.Tensor, value: torch.Tensor) -> None:
-    was, is_now = isinstance(self, VirtualTensor), isinstance(value, VirtualTensor)
-    if was and is_now:
+    if isinstance(self, VirtualTensor) and isinstance(value, VirtualTensor):
         with torch._C._DisableTorchDispatch():
             _in_cpp.__set__(self, value)
-        self.inner, self.index, self.allocation = value.inner, value.index, value.allocation
-    elif was or is_now:
+        self.held, self.device_index = value.held, value.device_index
+        self.allocation = value.allocation
+    elif isinstance(self, VirtualTensor) or isinstance(value, VirtualTensor):
         become(self, value)
     else:
         _in_cpp.__set__(self, value)
@@ -48,6 +51,7 @@ def become(self: torch.Tensor, value: torch.Tensor) -> None:
             f"{value.device}: take y = x.to({str(value.device)!r}) instead"
         )
     value = value.detach()
+    other: torch.Tensor
     if isinstance(self, nn.Parameter):
         other = nn.Parameter(value, self.requires_grad)
     else:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from course_lib.virtual.machine import DEVICE_TYPE, machine
 from course_lib.virtual.tensor import device_of
 
 Devices = Sequence[int | torch.device]
@@ -30,9 +31,8 @@ def prepare() -> None:
         torch._C._broadcast_coalesced = _broadcast_coalesced
         torch._C._scatter = _scatter
         torch._C._gather = _gather
-        torch.nn.parallel._functions._get_stream = (
-            torch.vgpu.current_stream
-        )  # to copy from the host
+        vgpu = torch.get_device_module(DEVICE_TYPE)
+        torch.nn.parallel._functions._get_stream = vgpu.current_stream  # to copy from the host
         _apply_in_turn()
         _leave_models_on_the_cpu()
 
@@ -68,11 +68,11 @@ def _scatter(
     return [part.contiguous().to(_device(each)) for part, each in zip(parts, devices, strict=False)]
 
 
-def _gather(tensors: Sequence[Tensor], dim: int, destination: Any) -> Tensor:
-    """``tensors`` put together along ``dim``, on ``destination``; ``None`` is the current GPU."""
-    if destination is None or destination == -1:
-        destination = torch.vgpu.current_device()
-    return torch.cat([tensor.to(_device(destination)) for tensor in tensors], dim)
+def _gather(tensors: Sequence[Tensor], dim: int, destination_index: int | None) -> Tensor:
+    """``tensors`` put together along ``dim``; without a destination, on the current GPU."""
+    if destination_index is None or destination_index == -1:
+        destination_index = machine.clock.current_device
+    return torch.cat([tensor.to(_device(destination_index)) for tensor in tensors], dim)
 
 
 def _apply_in_turn() -> None:
@@ -90,8 +90,10 @@ def _apply_in_turn() -> None:
             return one_at_a_time(modules, inputs, kwargs_tup, devices)  # says what does not match
         return [
             output
-            for each in zip(modules, inputs, kwargs_tup, devices, strict=True)
-            for output in one_at_a_time(*[[part] for part in each])
+            for module, input, kwargs, device in zip(
+                modules, inputs, kwargs_tup, devices, strict=True
+            )
+            for output in one_at_a_time([module], [input], [kwargs], [device])
         ]
 
     _replace(one_at_a_time, parallel_apply)

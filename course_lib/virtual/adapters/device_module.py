@@ -25,7 +25,7 @@ class _KnowsStreams(type):
 class NewStream(metaclass=_KnowsStreams):
     """``torch.vgpu.Stream(device)``: one more stream; ``priority`` changes nothing here."""
 
-    def __new__(cls, device: Any = None, priority: int = 0) -> Stream:
+    def __new__(cls, device: Any = None, priority: int = 0) -> Any:
         return machine.clock.new_stream(_index(device))
 
 
@@ -116,20 +116,20 @@ class DeviceModule:
         else:
             machine.clock.synchronize(_index(device))
 
-    def current_stream(self, device: Any = None) -> Stream:
+    def current_stream(self, device: Any = None) -> streams.Stream:
         return machine.clock.current[_index(device)]
 
-    def default_stream(self, device: Any = None) -> Stream:
+    def default_stream(self, device: Any = None) -> streams.Stream:
         return machine.clock.streams[_index(device)][0]
 
-    def set_stream(self, stream: Stream) -> None:
-        if not isinstance(stream, Stream):
+    def set_stream(self, stream: streams.Stream) -> None:
+        if not isinstance(stream, streams.Stream):
             raise TypeError(
                 f"a stream of a virtual GPU comes from course_lib.stream(device): {stream!r}"
             )
         stream.__enter__()  # and nothing leaves it
 
-    def stream(self, stream: Stream | None) -> AbstractContextManager:
+    def stream(self, stream: streams.Stream | None) -> AbstractContextManager:
         """Work inside of the block is enqueued on ``stream``; ``None`` changes nothing."""
         return nullcontext() if stream is None else stream
 

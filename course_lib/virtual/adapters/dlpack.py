@@ -11,13 +11,17 @@ from course_lib.virtual.tensor import VirtualTensor
 
 def prepare() -> None:
     """Let every way of exporting a virtual tensor refuse. To be called once."""
+    pytorch: Any = torch
     to_dlpack = torch.utils.dlpack.to_dlpack
 
-    def export(tensor: torch.Tensor) -> Any:
-        return _refuse(tensor) if isinstance(tensor, VirtualTensor) else to_dlpack(tensor)
+    def export(tensor: torch.Tensor, *how: Any, **options: Any) -> Any:
+        if isinstance(tensor, VirtualTensor):
+            _refuse(tensor)
+        return to_dlpack(tensor, *how, **options)
 
-    torch.utils.dlpack.to_dlpack = torch.to_dlpack = export
-    VirtualTensor.__dlpack__ = VirtualTensor.__dlpack_device__ = _refuse
+    pytorch.utils.dlpack.to_dlpack = pytorch.to_dlpack = export
+    tensor_class: Any = VirtualTensor
+    tensor_class.__dlpack__ = tensor_class.__dlpack_device__ = _refuse
 
 
 def _refuse(tensor: VirtualTensor, *args: Any, **kwargs: Any) -> NoReturn:

@@ -15,9 +15,10 @@ from course_lib.virtual.random_states import DeviceGenerator
 from course_lib.virtual.tensor import device_of, index_of
 
 _InCpp = torch._C.Generator
+_KindInCpp: Any = type(_InCpp)
 
 
-class _Kind(type(_InCpp)):
+class _Kind(_KindInCpp):
     def __instancecheck__(cls, value: Any) -> bool:
         return isinstance(value, _InCpp)
 
@@ -25,7 +26,7 @@ class _Kind(type(_InCpp)):
 class Generator(_InCpp, metaclass=_Kind):
     """What ``torch.Generator`` is once there are virtual GPUs."""
 
-    def __new__(cls, device: Any = "cpu") -> torch.Generator:
+    def __new__(cls, device: Any = "cpu") -> Any:
         device = torch.device(device)
         if device.type != DEVICE_TYPE:
             return _InCpp(device)
@@ -34,4 +35,5 @@ class Generator(_InCpp, metaclass=_Kind):
 
 def prepare() -> None:
     """Put it in the place of PyTorch's class. To be called once."""
-    torch.Generator = Generator
+    pytorch: Any = torch
+    pytorch.Generator = Generator

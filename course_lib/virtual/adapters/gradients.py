@@ -9,7 +9,6 @@ Rests on ``torch.autograd.function.BackwardCFunction`` and ``Node._input_metadat
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -41,7 +40,7 @@ def prepare() -> None:
                 check(gradient, expected, index, f"Function {self.name()} returned an ")
         return gradients
 
-    def register_checked(self: VirtualTensor, hook: Callable) -> Any:
+    def register_checked(self: torch.Tensor, hook: Any) -> Any:
         device = self.device
 
         @wraps(hook)

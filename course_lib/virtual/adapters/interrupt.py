@@ -89,7 +89,7 @@ def _careful(handler: Any) -> Any:
         # the signal the next time it looks: after this function, of which this is the last call.
         return _add_pending_call(_RAISE_SIGNAL, signum)
 
-    handle.is_careful = True
+    vars(handle)["is_careful"] = True
     return handle
 
 

@@ -56,7 +56,8 @@ def _refuse_ragged() -> None:
         return make(cls, values, *args, **kwargs)
 
     NestedTensor.__new__ = make_others
-    make_list = torch._C._nested.nested_tensor
+    in_cpp: Any = torch._C
+    make_list = in_cpp._nested.nested_tensor
 
     def make_list_elsewhere(*args: Any, **kwargs: Any) -> torch.Tensor:
         device = kwargs.get("device")
@@ -64,4 +65,4 @@ def _refuse_ragged() -> None:
             raise not_dense(_NESTED)
         return make_list(*args, **kwargs)
 
-    torch._C._nested.nested_tensor = make_list_elsewhere
+    in_cpp._nested.nested_tensor = make_list_elsewhere

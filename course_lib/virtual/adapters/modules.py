@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin, is_lazy
+from torch.nn import parameter
 
 from course_lib.virtual.operators import Operator
 from course_lib.virtual.tensor import VirtualTensor
@@ -32,10 +32,10 @@ def prepare() -> None:
 def _set_data_while_moving() -> None:
     in_cpp = torch._has_compatible_shallow_copy_type
 
-    def is_compatible(*pair: torch.Tensor) -> bool:  # torch.compile checks the form, not the names
-        if any(isinstance(tensor, VirtualTensor) for tensor in pair):
-            return all(tensor.device.type != "meta" for tensor in pair)
-        return in_cpp(*pair)
+    def is_compatible(input: torch.Tensor, from_: torch.Tensor) -> bool:
+        if isinstance(input, VirtualTensor) or isinstance(from_, VirtualTensor):
+            return input.device.type != "meta" and from_.device.type != "meta"
+        return in_cpp(input, from_)
 
     torch._has_compatible_shallow_copy_type = is_compatible
     # Tensor.to asks it too, and under inference_mode it gets as far as here.
@@ -63,7 +63,7 @@ def _take_placeholders(module: nn.Module) -> list[tuple[dict, str, Any]]:
     waiting = []
     for holder in (module._parameters, module._buffers):
         for name, value in holder.items():
-            if is_lazy(value):
+            if value is not None and parameter.is_lazy(value):
                 waiting.append((holder, name, value))
                 holder[name] = None
     return waiting
@@ -71,7 +71,8 @@ def _take_placeholders(module: nn.Module) -> list[tuple[dict, str, Any]]:
 
 def _materialize_where_told() -> None:
     """A placeholder has no numbers to move: it moves when it gets some."""
-    materialize = UninitializedTensorMixin.materialize
+    placeholder: Any = vars(parameter)["UninitializedTensorMixin"]
+    materialize = placeholder.materialize
 
     def materialize_and_move(self: Any, shape: Any, device: Any = None, dtype: Any = None) -> None:
         materialize(self, shape, device, dtype)
@@ -82,4 +83,4 @@ def _materialize_where_told() -> None:
                     there = nn.Parameter(there, self.requires_grad)
                 torch.utils.swap_tensors(self, there)
 
-    UninitializedTensorMixin.materialize = materialize_and_move
+    placeholder.materialize = materialize_and_move

@@ -25,7 +25,7 @@ def prepare() -> None:
     _refuse_to_share()
     if not torch.distributed.is_available():
         return
-    config = torch.distributed.distributed_c10d.BackendConfig
+    config: Any = torch.distributed.distributed_c10d.BackendConfig
     undefined = torch.distributed.Backend.UNDEFINED
     configure = config.__init__
 
@@ -37,14 +37,15 @@ def prepare() -> None:
 
 
 def _refuse_to_share() -> None:
-    share = torch.UntypedStorage._new_shared
+    storages: Any = torch.UntypedStorage
+    share = storages._new_shared
 
     def share_others(cls: type, size: int, *, device: Any = "cpu") -> torch.UntypedStorage:
         if torch.device(device).type == DEVICE_TYPE:
             _refuse()
         return share(size, device=device)
 
-    torch.UntypedStorage._new_shared = classmethod(share_others)
+    storages._new_shared = classmethod(share_others)
     ForkingPickler.register(VirtualTensor, lambda tensor: (_refuse, ()))
 
 

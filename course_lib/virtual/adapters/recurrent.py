@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 aten = torch.ops.aten
 
@@ -15,14 +16,26 @@ def register(library: torch.library.Library) -> None:
         library.impl("_pack_padded_sequence", _pack_padded_sequence, key)
 
 
-def _lstm_cell(from_input, from_hidden, cell, input_bias=None, hidden_bias=None):
+def _lstm_cell(
+    from_input: Tensor,
+    from_hidden: Tensor,
+    cell: Tensor,
+    input_bias: Tensor | None = None,
+    hidden_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     gates = _biased(from_hidden, hidden_bias) + _biased(from_input, input_bias)
     let_in, keep, new, let_out = gates.chunk(4, 1)
     cell = keep.sigmoid() * cell + let_in.sigmoid() * new.tanh()
     return let_out.sigmoid() * cell.tanh(), cell, gates
 
 
-def _gru_cell(from_input, from_hidden, hidden, input_bias=None, hidden_bias=None):
+def _gru_cell(
+    from_input: Tensor,
+    from_hidden: Tensor,
+    hidden: Tensor,
+    input_bias: Tensor | None = None,
+    hidden_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     input_gates = _biased(from_input, input_bias).chunk(3, 1)
     hidden_gates = _biased(from_hidden, hidden_bias).chunk(3, 1)
     reset, update = ((hidden_gates[i] + input_gates[i]).sigmoid() for i in (0, 1))
@@ -30,7 +43,9 @@ def _gru_cell(from_input, from_hidden, hidden, input_bias=None, hidden_bias=None
     return (hidden - new) * update + new, new
 
 
-def _pack_padded_sequence(sequences, lengths, batch_first):
+def _pack_padded_sequence(
+    sequences: Tensor, lengths: Tensor, batch_first: bool
+) -> tuple[Tensor, Tensor]:
     """The sequences of a batch, step by step; how many go on at each step stays on the host."""
     like = torch.empty(sequences.shape[:2])
     sizes = aten._pack_padded_sequence(like, lengths, batch_first)[1]
@@ -39,5 +54,5 @@ def _pack_padded_sequence(sequences, lengths, batch_first):
     return torch.cat(parts), sizes
 
 
-def _biased(gates: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _biased(gates: Tensor, bias: Tensor | None) -> Tensor:
     return gates if bias is None else gates + bias

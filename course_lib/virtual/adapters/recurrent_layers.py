@@ -60,7 +60,7 @@ def _run_layer(func: torch._ops.OpOverload, *args: Any) -> tuple:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _Layer.apply(call, *tensors)
     with torch.no_grad():
-        return _charge(call, tensors, call.run([tensor.inner for tensor in tensors]))
+        return _charge(call, tensors, call.run([tensor.held for tensor in tensors]))
 
 
 def _run_cells(func: torch._ops.OpOverload, args: Any) -> tuple:
@@ -95,7 +95,7 @@ class _Call:
         sizes, (state, weights, *settings) = args[1 : 1 + is_packed], args[1 + is_packed :]
         many = isinstance(state, (list, tuple))
         tensors = [args[0], *(state if many else [state]), *weights]
-        index = next(tensor.index for tensor in tensors if isinstance(tensor, VirtualTensor))
+        index = next(tensor.device_index for tensor in tensors if isinstance(tensor, VirtualTensor))
         dropout, train = settings[2:4]
         kept = machine.generators[index].full_state() if dropout > 0 and train else None
         states = len(state) if many else None
@@ -165,7 +165,7 @@ class _Layer(torch.autograd.Function):
         leaves, out = getattr(reserve, "graph", None) or _graph(call.run_again, tensors)
         learning = [leaf for leaf in leaves if leaf.requires_grad]
         used, given = _used(out, grads)
-        inner_grads = [grad.inner for grad in given]
+        inner_grads = [grad.held for grad in given]
         found = torch.autograd.grad(
             used, learning, inner_grads, retain_graph=True, allow_unused=True
         )
@@ -175,7 +175,7 @@ class _Layer(torch.autograd.Function):
 
 def _graph(run: Callable, tensors: Any) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
     """Run the operator with a graph of its own: its leaves, and what came out."""
-    leaves = [each.inner.detach().requires_grad_(each.requires_grad) for each in tensors]
+    leaves = [each.held.detach().requires_grad_(each.requires_grad) for each in tensors]
     with torch.enable_grad():
         return leaves, run(leaves)
 

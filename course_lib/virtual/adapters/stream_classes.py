@@ -55,7 +55,8 @@ class Event(metaclass=_Kind):
 
 def prepare() -> None:
     """Put them in the place of PyTorch's classes. To be called once."""
-    torch.Stream, torch.Event = Stream, Event
+    pytorch: Any = torch
+    pytorch.Stream, pytorch.Event = Stream, Event
 
 
 def _is_here(device: Any = None, *args: Any, **kwargs: Any) -> bool:

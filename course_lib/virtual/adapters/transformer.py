@@ -19,7 +19,9 @@ def prepare() -> None:
     forward = nn.TransformerEncoder.forward
 
     @wraps(forward)
-    def forward_padded(self: nn.TransformerEncoder, src: torch.Tensor, *args: Any, **kwargs: Any):
+    def forward_padded(
+        self: nn.TransformerEncoder, src: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         if not isinstance(src, VirtualTensor):
             return forward(self, src, *args, **kwargs)
         packs, self.use_nested_tensor = self.use_nested_tensor, False
