@@ -10,13 +10,13 @@ of groups.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import _set_thread_isolation_mode
+from torch._C import _distributed_c10d
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import _rendezvous_handlers
 
@@ -68,7 +68,7 @@ def used_by(run: Run) -> Iterator[None]:
     plugin = c10d.Backend._plugins[name]._replace(creator_fn=make_group)
     handlers = dict.fromkeys(("env", "tcp", "file"), meet_by_environment)
     with ExitStack() as stack:
-        changed = [
+        changed: list[AbstractContextManager] = [
             mock.patch.dict(c10d.Backend._plugins, {name: plugin}),
             mock.patch.dict(
                 c10d.Backend.default_device_backend_map, {"cpu": BACKEND, DEVICE_TYPE: BACKEND}
@@ -78,8 +78,9 @@ def used_by(run: Run) -> Iterator[None]:
         ]
         for change in changed:
             stack.enter_context(change)
-        _set_thread_isolation_mode(True)
-        stack.callback(_set_thread_isolation_mode, False)
+        in_cpp: Any = _distributed_c10d
+        in_cpp._set_thread_isolation_mode(True)
+        stack.callback(in_cpp._set_thread_isolation_mode, False)
         yield
 
 

@@ -20,8 +20,9 @@ class HostRing(Ring):
     def turning(self) -> Iterator[None]:
         yield
 
-    def between(self, rank: int, following: int) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextmanager
+    def between(self, rank: int, following: int) -> Iterator[None]:
+        yield
 
     def on(self, rank: int) -> AbstractContextManager[None]:
         return nullcontext()

@@ -55,7 +55,11 @@ class Part:
         return f"in {what}, for {who}"
 
 
-class RankGroup(dist.ProcessGroup):
+# PyTorch's stub lists every way of calling each method; its own code calls them in one.
+_ProcessGroup: Any = dist.ProcessGroup
+
+
+class RankGroup(_ProcessGroup):
     """One rank's view of a group of ranks.
 
     Args:

@@ -27,7 +27,7 @@ class Part(NamedTuple):
     """Something of a process: how to read it, and how to put a value in its place."""
 
     get: Callable[[], Any]
-    set: Callable[[Any], None]
+    set: Callable[[Any], object]
 
 
 def attribute(owner: Callable[[], Any], name: str) -> Part:

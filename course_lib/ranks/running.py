@@ -19,7 +19,7 @@ from course_lib.ranks.point_to_point import Exchange
 from course_lib.ranks.rank_state import ProcessState, undo_environment
 from course_lib.ranks.store import SharedStore
 from course_lib.ranks.works import Pending
-from course_lib.virtual.machine import machine
+from course_lib.virtual.machine import DEVICE_TYPE, machine
 
 
 def run(function: Callable[..., Any], gpus: Sequence[torch.device], *args: Any) -> list[Any]:
@@ -145,7 +145,7 @@ class Run:
     def _live(self) -> None:
         """What the thread of one rank does."""
         rank = self.rank
-        torch.vgpu.set_device(self.gpus[rank])
+        torch.get_device_module(DEVICE_TYPE).set_device(self.gpus[rank])
         distributed.prepare_thread()
         try:
             self._returned[rank] = self._function(*self._args)
