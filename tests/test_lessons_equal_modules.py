@@ -20,6 +20,7 @@ from course_lib.parallel import (
     data_parallel,
     gradient_buckets,
     regions,
+    schedule_rules,
     schedules,
     vocabulary,
 )
@@ -241,13 +242,13 @@ def test_lesson_04_and_layer_parallel_train_to_the_same_bits(lesson_04, count: i
 def test_lesson_05_and_schedules_write_down_the_same(lesson_05, make, p: int, m: int) -> None:
     lesson, module = getattr(lesson_05, make)(p, m), getattr(schedules, make)(p, m)
     assert lesson == module
-    assert lesson_05.held(lesson) == schedules.held(module)
+    assert lesson_05.held(lesson) == schedule_rules.held(module)
 
 
 def test_lesson_05_and_schedules_find_the_same_deadlock(lesson_05) -> None:
     first, second = schedules.one_f_one_b(2, 4).steps
-    stuck = schedules.Schedule("stuck", 4, [0, 1], [first, [*second[2:], *second[:2]]])
-    for method in (lesson_05, schedules):
+    stuck = schedule_rules.Schedule("stuck", 4, [0, 1], [first, [*second[2:], *second[:2]]])
+    for method in (lesson_05, schedule_rules):
         with pytest.raises(ValueError, match="deadlock"):
             list(method.in_order(stuck))
 

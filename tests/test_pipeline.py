@@ -18,18 +18,8 @@ from course_lib.models import GPT, MLP, next_token_loss
 from course_lib.parallel.pipeline import Pipeline
 from course_lib.parallel.proof import largest_difference
 from course_lib.parallel.schedule_chart import bubble, draw, step_times
-from course_lib.parallel.schedules import (
-    Schedule,
-    Step,
-    check,
-    gpipe,
-    held,
-    in_order,
-    interleaved,
-    naive,
-    one_f_one_b,
-    zero_bubble,
-)
+from course_lib.parallel.schedule_rules import Schedule, Step, check, held, in_order
+from course_lib.parallel.schedules import gpipe, interleaved, naive, one_f_one_b, zero_bubble
 from course_lib.parallel.weight_gradients import add_weight_gradients, put_off_weight_gradients
 from round_numbers import SPEC
 

@@ -13,15 +13,8 @@ from torch.nn import functional as F
 import course_lib
 from course_lib.models import GPT, MLP, next_token_loss
 from course_lib.parallel.pipeline import Pipeline, microbatches_of
-from course_lib.parallel.schedules import (
-    Schedule,
-    Step,
-    check,
-    gpipe,
-    interleaved,
-    one_f_one_b,
-    zero_bubble,
-)
+from course_lib.parallel.schedule_rules import Schedule, Step, check
+from course_lib.parallel.schedules import gpipe, interleaved, one_f_one_b, zero_bubble
 from course_lib.parallel.stage_values import each, tensors_in
 
 Devices = list[torch.device]

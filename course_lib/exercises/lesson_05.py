@@ -15,8 +15,9 @@ from course_lib.exercises.diagnosis import gradient_of, require_finite
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
 from course_lib.parallel.pipeline import Pipeline
 from course_lib.parallel.schedule_chart import draw, step_times
-from course_lib.parallel.schedules import Schedule, Step, gpipe, held
-from course_lib.parallel.schedules import check as check_schedule
+from course_lib.parallel.schedule_rules import Schedule, Step, held
+from course_lib.parallel.schedule_rules import check as check_schedule
+from course_lib.parallel.schedules import gpipe
 
 GPUS, MICROBATCHES, MOST_HELD = 2, 4, 2
 

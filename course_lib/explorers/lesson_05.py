@@ -8,6 +8,7 @@ from course_lib import style
 from course_lib.explorers.explorer import Explorer, choice
 from course_lib.parallel import schedules
 from course_lib.parallel.schedule_chart import draw as draw_schedule
+from course_lib.parallel.schedule_rules import held
 
 
 def explore_schedules() -> Explorer:
@@ -27,8 +28,8 @@ def explore_schedules() -> Explorer:
         draw_schedule(
             schedule, ax, forward=part, input_gradient=part, weight_gradient=part, transfer=transfer
         )
-        held = max(schedules.held(schedule))
-        ax.set_xlabel(f"time; a device holds at most {held} activations")
+        most_held = max(held(schedule))
+        ax.set_xlabel(f"time; a device holds at most {most_held} activations")
         return figure
 
     return Explorer(

@@ -1,8 +1,8 @@
 """Pipeline parallelism: the stages of a model work on different microbatches at the same time.
 
-What lesson 05 derives. A schedule is data (:mod:`course_lib.parallel.schedules`), and here any of
-them is run on devices; :mod:`course_lib.parallel.schedule_chart` runs it on paper. Both are loops
-over one walk, :func:`course_lib.parallel.schedules.in_order`. PyTorch's own is
+What lesson 05 derives. A schedule is data (:mod:`course_lib.parallel.schedule_rules`), and here
+any of them is run on devices; :mod:`course_lib.parallel.schedule_chart` runs it on paper. Both are
+loops over one walk, :func:`course_lib.parallel.schedule_rules.in_order`. PyTorch's own is
 ``torch.distributed.pipelining``.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from course_lib.parallel.counting import CountedShards, part_of_mean
 from course_lib.parallel.kinds import Loss
 from course_lib.parallel.layer_parallel import LayerParallel
-from course_lib.parallel.schedules import Schedule, check, in_order
+from course_lib.parallel.schedule_rules import Schedule, check, in_order
 from course_lib.parallel.stage_values import each, tensors_in
 from course_lib.parallel.transfers import Link, Transfer
 from course_lib.parallel.weight_gradients import (

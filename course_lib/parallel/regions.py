@@ -37,9 +37,7 @@ class _Border(torch.autograd.Function):
     """One collective on the way there, another on the way back; called alike, with lists."""
 
     @staticmethod
-    def forward(
-        ctx: Any, there: Callable, back: Callable, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, there: Callable, back: Callable, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.there, ctx.back = there, back
         return tuple(there(tensors))

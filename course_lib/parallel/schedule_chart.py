@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from course_lib.parallel.schedules import Schedule, Step, in_order
+from course_lib.parallel.schedule_rules import Schedule, Step, in_order
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

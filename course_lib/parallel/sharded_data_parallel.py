@@ -110,10 +110,7 @@ class Sharded:
         self._exchange.put_parameters(unit)
 
     def train_step(self, inputs: Tensors, targets: Tensors, loss_function: Loss) -> list[Tensor]:
-        """One step of training, as :func:`course_lib.parallel.data_parallel.train_step` does it.
-
-        Takes, returns and raises what :meth:`backward` does.
-        """
+        """One step of training; takes, returns and raises what :meth:`backward` does."""
         self.zero_grad()
         losses = self.backward(inputs, targets, loss_function)
         self.step()
@@ -135,14 +132,8 @@ class Sharded:
     ) -> list[Tensor]:
         """Compute the loss and its gradients, which are added to those that are there.
 
-        Args:
-            inputs, targets: one shard a device, examples first; an empty one takes part with zeros.
-            loss_function: returns the mean loss of (outputs, targets).
-            batch_size: targets that the mean is over, if not those of these shards alone: with
-                :meth:`accumulate`, what all the small batches count.
-
-        Returns:
-            Each shard's part of the mean loss, a scalar on its device; an empty one has none.
+        Takes and returns what :func:`course_lib.parallel.data_parallel.backward_on_shards` does; an
+        empty shard takes part with zeros, and has no loss.
 
         Raises:
             ValueError: there is not one shard of each for every device, or no example at all.
@@ -241,10 +232,8 @@ class Sharded:
     def state_dict(self) -> dict[str, Any]:
         """Master weights and optimizer state, whole, on the host: for any number of devices.
 
-        Returns:
-            ``{"parameters": {name: tensor}, "optimizer": {key: value}}``. A value is a dictionary
-            by name, as of Adam's moments, or one for all, as of the count of its steps. Options
-            such as the learning rate are not in it.
+        Returns what :func:`course_lib.parallel.sharded_state.gather_state` does. Options such as
+        the learning rate are not in it.
         """
         return gather_state(self.units, is_sharded=self.stage > 0)
 
