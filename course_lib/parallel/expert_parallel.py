@@ -11,47 +11,14 @@ the router has spoken, so that the host never waits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from course_lib.parallel.collectives import ring_all_reduce
 from course_lib.parallel.experts import MixtureOfExperts, Routing, combine, dispatch, run_experts
 from course_lib.parallel.kinds import Devices, Tensors
-from course_lib.parallel.node_collectives import all_to_all
-
-
-class _AllToAll(torch.autograd.Function):
-    """``parts[r][d]``, in one row after the other, to ``result[d][r]``; and back."""
-
-    @staticmethod
-    def forward(ctx: Any, *parts: Tensor) -> tuple[Tensor, ...]:
-        return _exchange(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return _exchange(gradients)
-
-
-def _exchange(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    count = round(len(parts) ** 0.5)
-    rows = [parts[rank * count : (rank + 1) * count] for rank in range(count)]
-    # An output must not be an input, and a rank's part for itself is not copied.
-    return tuple(part.view_as(part) for row in all_to_all(rows) for part in row)
-
-
-def exchange(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """What every rank has for rank d, as one tensor on d, along dimension 0; with a gradient.
-
-    Args:
-        parts: ``parts[r][d]`` is on the device of rank r; all of one shape.
-    """
-    count = len(parts)
-    flat = _AllToAll.apply(*[part for row in parts for part in row])
-    return [torch.stack(flat[rank * count : (rank + 1) * count]) for rank in range(count)]
+from course_lib.parallel.regions import exchange
 
 
 class ExpertParallel(nn.Module):

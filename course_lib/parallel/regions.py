@@ -15,6 +15,7 @@ one direction or in both; those of a pair are each other backwards:
     reduce_from_ranks  all-reduce      nothing         g; f-bar in the second one
     gather_sequence    all-gather      reduce-scatter  g in the second one
     scatter_sequence   reduce-scatter  all-gather      g-bar
+    exchange           all-to-all      all-to-all
     =================  ==============  ==============  ==========================
 
 A replicated value is one value in many places, and so is the loss: the backward pass starts in
@@ -23,7 +24,8 @@ all of them, with ``torch.autograd.backward(losses)``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from torch import Tensor
 
 from course_lib.parallel.collectives import all_gather, reduce_scatter, ring_all_reduce
 from course_lib.parallel.kinds import Tensors
+from course_lib.parallel.node_collectives import all_to_all
 
 
 class _Border(torch.autograd.Function):
@@ -79,6 +82,20 @@ def scatter_sequence(tensors: Tensors) -> list[Tensor]:
     return _cross(tensors, _scattered, _gathered)
 
 
+def exchange(parts: Sequence[Tensors]) -> list[Tensor]:
+    """From one way of splitting a value to another: what all ranks have for rank d, stacked on d.
+
+    Args:
+        parts: ``parts[r][d]`` is on the device of rank r, for rank d; all of one shape.
+
+    Returns:
+        For each rank a tensor whose first dimension is where the parts came from.
+    """
+    count = len(parts)
+    flat = _cross([part for row in parts for part in row], _exchanged, _exchanged)
+    return [torch.stack(flat[rank * count : (rank + 1) * count]) for rank in range(count)]
+
+
 def _cross(tensors: Tensors, there: Callable, back: Callable) -> list[Tensor]:
     if isinstance(tensors, Tensor):  # which would be taken for its rows
         raise TypeError("a value here is a list with one tensor a device, not a single tensor")
@@ -102,6 +119,13 @@ def _gathered(tensors: Tensors) -> list[Tensor]:
 def _scattered(tensors: Tensors) -> list[Tensor]:
     # Copied once more, since a part of a tensor keeps all of it in memory.
     return [part.clone() for part in reduce_scatter(_contiguous_copies(tensors))]
+
+
+def _exchanged(tensors: Tensors) -> list[Tensor]:
+    """``parts[r][d]``, row after row, to ``result[d][r]``."""
+    count = math.isqrt(len(tensors))
+    rows = [tensors[rank * count : (rank + 1) * count] for rank in range(count)]
+    return _same([part for row in all_to_all(rows) for part in row])
 
 
 def _contiguous_copies(tensors: Tensors) -> list[Tensor]:
