@@ -28,6 +28,7 @@ from course_lib.parallel.attention_ring import ring_attention
 from course_lib.parallel.layer_parallel import LayerParallel, balanced_cuts
 from course_lib.parallel.pipeline import Pipeline
 from course_lib.parallel.proof import largest_difference
+from course_lib.parallel.sharded_data_parallel import Sharded
 from course_lib.parallel.tensor_parallel import ParallelMLP
 from notebook_tools import NOTEBOOKS
 
@@ -374,3 +375,24 @@ def test_lesson_07_and_regions_cross_borders_to_the_same_bits(
         assert torch.equal(one.cpu(), other.cpu())
     for one, other in zip(ours, theirs, strict=True):
         assert torch.equal(one.grad.cpu(), other.grad.cpu())
+
+
+def test_lesson_08_and_sharded_train_to_the_same_parameters() -> None:
+    lesson = definitions("08_sharded_data_parallelism.ipynb", "rows", "own", "stage-one-code")
+    model = lesson.model.double()
+    replicas = data_parallel.replicate(model, lesson.gpus)
+    shards, optimizers = lesson.make_shards(replicas)
+    module = Sharded(
+        model,
+        lesson.gpus,
+        stage=1,
+        dtype=torch.float64,
+        make_optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
+    )
+    for size in (64, 30):  # shares of 8, 8, 7 and 7 examples, too
+        x, y = torch.randn(size, 64).double(), torch.randint(10, (size,))
+        xs, ys = (data_parallel.split_batch(each, lesson.gpus) for each in (x, y))
+        lesson.sharded_step(replicas, shards, optimizers, xs, ys)
+        module.train_step(xs, ys, F.cross_entropy)
+    for replica in replicas:
+        assert largest_difference(replica.cpu(), module.to_model()) < 1e-12

@@ -1,7 +1,8 @@
-"""Checks of lesson 06: a third border, a cut by heads, the best token of a split vocabulary."""
+"""Checks of lesson 06: a third border, a cut by heads, the best token, what a block costs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from course_lib import format_bytes, hardware, timeline
 from course_lib.exercises.diagnosis import Unchanged, require_not_over_host, require_tensors
-from course_lib.exercises.verdict import Verdict, Wrong, check, right
+from course_lib.exercises.verdict import Verdict, Wrong, check, require_number, right
+from course_lib.models import Block
+from course_lib.parallel.tensor_parallel import ParallelBlock
 
 
 @check
@@ -201,3 +204,76 @@ def _best_mistake(best: Tensor, scores: Tensor, sizes: list[int]) -> str | None:
     if len(set(sizes)) > 1:
         return f"with parts of {sizes} tokens some are wrong: parts may be of different sizes."
     return "some are not the highest score of their row."
+
+
+@check
+def check_block(block_costs: Callable[[int, int, int, int], tuple[float, float]]) -> Verdict:
+    """Graded against what the meter says of a block that runs, without numbers, on N GPUs."""
+    # Widths that are neither T nor 2 T, where two different mistakes would count the same.
+    for B, T, D, N in ((3, 32, 48, 8), (2, 16, 40, 4), (4, 8, 24, 2), (1, 128, 40, 1)):
+        flops, sent = _measured_block(B, T, D, N)
+        answer = block_costs(B, T, D, N)
+        if not isinstance(answer, (tuple, list)) or len(answer) != 2:
+            raise Wrong("return two numbers: operations of one GPU, and bytes that it sends.")
+        case = f"for B={B}, T={T}, D={D}, N={N}"
+        operations, nbytes = (require_number(each) for each in answer)
+        if not math.isclose(operations, flops):
+            raise Wrong(
+                f"{case} you count {operations:,.0f} operations and the meter {flops:,.0f}. "
+                f"{_operations_mistake(operations, B, T, D, N)}"
+            )
+        if not math.isclose(nbytes, sent):
+            raise Wrong(
+                f"{case} you count {nbytes:,.0f} bytes and the meter {sent:,.0f}. "
+                f"{_bytes_mistake(nbytes, sent, B * T * D * 4, N)}"
+            )
+    return right("your counts are the meter's, on 8, 4, 2 GPUs and on one.")
+
+
+def _measured_block(B: int, T: int, D: int, N: int) -> tuple[float, int]:
+    """Operations of one GPU, and bytes that it sends, in a forward pass."""
+    with hardware.fresh_devices(N, backing="meta") as gpus:
+        with gpus[0]:
+            block = ParallelBlock(Block(D, heads=8, dropout=0.0), gpus)
+        xs = [torch.empty(T, B, D, device=gpu) for gpu in gpus]
+        with timeline.trace() as t:
+            block(xs)
+    return t.flops / N, t.bytes_sent(gpus[0])
+
+
+def _operations_mistake(ours: float, B: int, T: int, D: int, N: int) -> str:
+    """The sentence on a count that is wrong in a known way, or what to do if in none."""
+    linear, attention = 24 * B * T * D * D / N, 4 * B * T * T * D / N
+    right_one = linear + attention
+    known = {
+        right_one / 2: "Each multiplication comes with an addition: count both.",
+        linear: "Attention's two products are missing.",
+        linear / 2: "Each multiplication comes with an addition, and attention's products are "
+        "missing.",
+        linear + attention / 2: "Attention's products come to half of theirs.",
+        linear + attention / B: "Attention's two products are done for each of B passages.",
+        linear + N * attention: "The heads are split too: each GPU has H/N of them.",
+        N * linear + attention: "The linear layers are split too.",
+        N * right_one: "That is what all GPUs do together.",
+        3 * right_one: "That is forward and backward.",
+    }
+    unknown = "Count one of its six products after the other."
+    return next((said for count, said in known.items() if math.isclose(ours, count)), unknown)
+
+
+def _bytes_mistake(ours: float, sent: float, tensor: int, N: int) -> str:
+    known = {
+        0: "Every GPU needs the sum of all partial results.",
+        sent / 2: "That is half: a block has two all-reduces, a ring has two halves, and a number "
+        "has four bytes.",
+        sent / 4: "That is a quarter: is it numbers, and not bytes?",
+        sent * 2: "That is twice as many: only forward was asked for.",
+        sent * N: "That is what all GPUs send together.",
+        sent / N: "Each GPU sends one N-th of a tensor in each of the ring's 2·(N - 1) rounds, and "
+        "there are two rings.",
+        4 * tensor: "In each half of a ring a GPU sends all chunks but one.",
+        2 * (N - 1) * tensor: "In a ring nobody sends the whole tensor to everybody.",
+    }
+    unknown = "Count one ring, and how many there are."
+    matches = (said for count, said in known.items() if N > 1 and math.isclose(ours, count))
+    return next(matches, unknown)

@@ -1,4 +1,4 @@
-"""Checks of lesson 08: which stage fits, a step between two halves, gather, scatter in a hook."""
+"""Checks of lesson 08: which stage fits; gather and forget, and again; scatter in a hook."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from course_lib import format_bytes, hardware, timeline
-from course_lib.exercises.diagnosis import gradient_of
+from course_lib.exercises.diagnosis import (
+    Facts,
+    Unchanged,
+    gradient_of,
+    require_finite,
+    require_not_over_host,
+    require_tensors,
+)
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
 from course_lib.parallel.data_parallel import replicate
 
@@ -59,71 +66,6 @@ def _gpus(count: int) -> str:
 
 
 @check
-def check_step(sgd_step: Callable[[list[Tensor], list[Tensor], float], None]) -> Verdict:
-    """Graded on the values, on who updates what, and on the bytes that each GPU sends."""
-    for count in (1, 2, 4):
-        with hardware.fresh_devices(count) as gpus:
-            parameters = torch.randn(120)
-            gradients = [torch.randn(120) for _ in gpus]
-            rows = [parameters.to(gpu) for gpu in gpus]
-            parts = [each.to(gpu) for each, gpu in zip(gradients, gpus, strict=True)]
-            with timeline.trace() as t:
-                sgd_step(list(rows), parts, 0.1)
-            total = sum(gradients)
-            expected = parameters - 0.1 * total
-            results = [row.cpu() for row in rows]
-            sent = max(t.bytes_sent(gpu) for gpu in gpus)
-            most = 2 * (count - 1) * parameters.nbytes // count
-            facts = [("most bytes sent by one GPU", str(sent), f"at most {most}")]
-            for rank, result in enumerate(results):
-                if not torch.allclose(result, expected, atol=1e-5):
-                    mistake = _step_mistake(result, parameters, gradients, rank)
-                    raise Wrong(f"on {_gpus(count)}, GPU {rank}: {mistake}", facts)
-            if any("host" in route for route in t.bytes_moved):
-                raise Wrong("numbers went over the host: use the collectives.", facts)
-            if any(not torch.equal(results[0], result) for result in results):
-                raise Wrong(
-                    "the rows agree, but not to the last bit: send what one computed.", facts
-                )
-            if sent > most:
-                raise Wrong(f"on {count} GPUs, one sends more than 2 (N - 1)/N rows.", facts)
-            if count > 1 and _adds_whole_rows(t, parameters.nbytes):
-                raise Wrong(
-                    f"on {count} GPUs, one adds to a whole row: it may update its shard only.",
-                    facts,
-                )
-    return right("each GPU has updated its shard, and all have all.", facts)
-
-
-def _adds_whole_rows(t: timeline.Trace, nbytes: int) -> bool:
-    """Whether some sum or difference has the length of a row: it reads two and writes one."""
-    sums = [span for span in t.spans if span.name.startswith(("add", "sub"))]
-    return any(span.bytes >= 3 * nbytes for span in sums)
-
-
-def _step_mistake(result: Tensor, before: Tensor, gradients: list[Tensor], rank: int) -> str:
-    count, total = len(gradients), sum(gradients)
-    own = slice(rank * len(before) // count, (rank + 1) * len(before) // count)
-    expected = before - 0.1 * total
-    if torch.equal(result, before):
-        return "the row is what it was: change it in place, with copy_."
-    if torch.allclose(result[own], expected[own], atol=1e-5):
-        return "its own shard is right, and those of the others are not: gather them."
-    causes = {
-        "this is a step with its own gradients alone.": before - 0.1 * gradients[rank],
-        "this is a step with the mean of the gradients: the sum is asked for.": (
-            before - 0.1 * total / count
-        ),
-        "this is a step in the wrong direction.": before + 0.1 * total,
-        "this is a step without lr.": before - total,
-    }
-    for words, value in causes.items():
-        if torch.allclose(result, value, atol=1e-5):
-            return words
-    return "these are not the parameters after one step."
-
-
-@check
 def check_gather(sharded_forward: Callable[..., Sequence[Tensor]]) -> Verdict:
     """Graded on the output, on the bytes gathered, and on the memory at the peak."""
     width, depth, count = 256, 6, 4
@@ -135,55 +77,231 @@ def check_gather(sharded_forward: Callable[..., Sequence[Tensor]]) -> Verdict:
         ]
         inputs = [torch.randn(2, width) for _ in gpus]
         xs = [x.to(gpu) for x, gpu in zip(inputs, gpus, strict=True)]
+        unchanged = Unchanged(
+            {f"the input on {gpu}": x for gpu, x in zip(gpus, xs, strict=True)}
+            | _shards_by_name(layers)
+        )
         before = [hardware.memory_in_use(gpu) for gpu in gpus]
         with timeline.trace() as t:
             outs = sharded_forward([list(shards) for shards in layers], list(xs))
-        if not isinstance(outs, (list, tuple)) or len(outs) != count:
-            raise Wrong(f"return a list of {count} outputs, one for each GPU.")
+        require_tensors(outs, [(2, width)] * count)
         whole = weights[0].nbytes
-        peaks = [peak - held for peak, held in zip(t.peak_memory, before, strict=True)]
-        peak = max(peaks)
-        sent = max(t.bytes_sent(gpu) for gpu in gpus)
+        peaks = [(peak - held) / whole for peak, held in zip(t.peak_memory, before, strict=True)]
         least = depth * (count - 1) * whole // count
+        sent = max(t.bytes_sent(gpu) for gpu in gpus)
         facts = [
-            ("at the peak, in whole weights", f"{peak / whole:.2f}", "at most 1.2"),
+            ("at the peak, in whole weights", f"{max(peaks):.2f}", "at most 1.2"),
             ("most bytes sent by one GPU", format_bytes(sent), f"at most {format_bytes(least)}"),
         ]
         for gpu, out, x in zip(gpus, outs, inputs, strict=True):
             _judge_output(out, x, weights, gpu, facts)
-        if any("host" in route for route in t.bytes_moved):
-            raise Wrong("numbers went over the host: use all_gather.", facts)
-        if sent > least:
-            raise Wrong("weights are gathered more than once.", facts)
-        if sent < least:
-            raise Wrong("the inputs travel and not the weights: that is lesson 06's way.", facts)
-        if peak > 1.2 * whole:
-            raise Wrong(
-                f"GPU {peaks.index(peak)} held {peak / whole:.1f} whole weights at once: "
-                f"{_memory_mistake(peak / whole)}",
-                facts,
-            )
+        unchanged.require()
+        require_not_over_host(t, "numbers", facts)
+        _judge_travel(t, gpus, least, facts)
+        if max(peaks) > 1.2:
+            raise Wrong(_memory_mistake(peaks), facts)
         return right("at most one whole weight at a time, each gathered once.", facts)
 
 
+def _shards_by_name(layers: list[list[Tensor]]) -> dict[str, Tensor]:
+    return {
+        f"layer {i}'s shard on GPU {rank}": shard
+        for i, shards in enumerate(layers)
+        for rank, shard in enumerate(shards)
+    }
+
+
 def _judge_output(
-    out: Tensor, x: Tensor, weights: list[Tensor], gpu: torch.device, facts: list
+    out: Tensor, x: Tensor, weights: list[Tensor], gpu: torch.device, facts: Facts
 ) -> None:
     expected = linear = x
     for weight in weights:
         expected, linear = F.relu(F.linear(expected, weight)), F.linear(linear, weight)
-    if not isinstance(out, Tensor) or out.device != gpu or out.shape != x.shape:
-        raise Wrong(f"return on {gpu} its output, of the shape {tuple(x.shape)}.", facts)
+    if out.device != gpu:
+        raise Wrong(f"an output is on {out.device}, and should be on {gpu}.", facts)
+    require_finite([out], f"the output on {gpu}")
     if torch.allclose(out.cpu(), linear, atol=1e-4):
         raise Wrong(f"the output on {gpu} lacks the relu after each layer.", facts)
     if not torch.allclose(out.cpu(), expected, atol=1e-4):
         raise Wrong(f"the output on {gpu} is not relu(x Wᵀ) through all layers.", facts)
 
 
-def _memory_mistake(wholes: float) -> str:
-    if wholes < 1.9:
-        return "shards that arrive must not lie beside the whole weight that they become."
-    return "forget one before you gather the next."
+def _judge_travel(t: timeline.Trace, gpus: list[torch.device], least: int, facts: Facts) -> None:
+    """Raise unless every GPU sends, and so gets, each missing shard of each weight once."""
+    sent = [t.bytes_sent(gpu) for gpu in gpus]
+    got = [sum(n for (_, to), n in t.bytes_moved.items() if to == str(gpu)) for gpu in gpus]
+    most = sent.index(max(sent))
+    if min(got) >= 2 * least:
+        raise Wrong(
+            f"each GPU gets {min(got) / least:g} times the bytes of the shards that it lacks: "
+            "gather each weight once.",
+            facts,
+        )
+    if min(got) < least:
+        raise Wrong(
+            f"GPU {got.index(min(got))} gets less than the shards that it lacks: something else "
+            "than weights travels. Here each GPU has its input, and the weights come to it.",
+            facts,
+        )
+    if sent[most] > least:
+        raise Wrong(
+            f"GPU {most} sends {sent[most] / least:.2g} times what each GPU would send if all sent "
+            "what only they have.",
+            facts,
+        )
+
+
+def _memory_mistake(peaks: list[float]) -> str:
+    """What is said of ``peaks``, the most whole weights that were on each GPU at once."""
+    too_much = [rank for rank, peak in enumerate(peaks) if peak > 1.2]
+    said = f"GPU {too_much[0]} held {peaks[too_much[0]]:.1f} whole weights at once: "
+    if peaks[too_much[0]] < 1.9:
+        return said + "there was one, and beside it something else, such as shards that arrived."
+    if len(too_much) == 1 and len(peaks) > 1:
+        return (
+            f"{said}on the other GPUs there was one. Does a name still hold its last weight, as "
+            "the variable of a loop does when the loop has ended?"
+        )
+    return f"{said}a name or a list still holds one weight when the next one comes."
+
+
+@check
+def check_back(sharded_linear: Callable[..., Sequence[Tensor]]) -> Verdict:
+    """Graded on outputs and gradients, on what is in memory between, at the peak, and on bytes."""
+    width, depth, count = 256, 5, 4
+    with hardware.fresh_devices(count) as gpus:
+        weights = [torch.randn(width, width) / width**0.5 for _ in range(depth)]
+        layers = [
+            [part.to(gpu).requires_grad_() for part, gpu in zip(w.chunk(count), gpus, strict=True)]
+            for w in weights
+        ]
+        inputs = [torch.randn(2, width) for _ in gpus]
+        xs = [x.to(gpu).requires_grad_() for x, gpu in zip(inputs, gpus, strict=True)]
+        unchanged = Unchanged(_shards_by_name(layers))
+        before = hardware.memory_in_use(gpus[0])
+        with timeline.trace() as forward:
+            values: Sequence[Tensor] = xs
+            for shards in layers:
+                values = sharded_linear(list(values), list(shards))
+                require_tensors(values, [(2, width)] * count)
+        whole = weights[0].nbytes
+        kept = (hardware.memory_in_use(gpus[0]) - before) / whole
+        _judge_linear(values, inputs, weights, gpus)
+        with timeline.trace() as backward:
+            torch.autograd.backward([value.square().sum() for value in values])
+        del values
+        peak = (max(backward.peak_memory) - before) / whole
+        bytes_sent = [max(t.bytes_sent(g) for g in gpus) for t in (forward, backward)]
+        one = depth * (count - 1) * whole // count
+        facts = [
+            ("whole weights kept for backward", f"{kept:.2f}", "at most 0.2"),
+            ("more at backward's peak, in whole weights", f"{peak:.2f}", "at most 4"),
+            ("sent by one GPU, forward", format_bytes(bytes_sent[0]), format_bytes(one)),
+            ("sent by one GPU, backward", format_bytes(bytes_sent[1]), format_bytes(2 * one)),
+        ]
+        _judge_back_gradients(xs, layers, inputs, weights, facts)
+        unchanged.require()
+        for t in (forward, backward):
+            require_not_over_host(t, "numbers", facts)
+        if kept > 0.2:
+            raise Wrong(
+                f"between forward and backward GPU 0 still holds {kept:.1f} whole weights of "
+                f"{depth}: keep shards for backward, and not what was gathered.",
+                facts,
+            )
+        if bytes_sent[0] > one:
+            raise Wrong("forward sends more than one gather of each weight.", facts)
+        if bytes_sent[1] > 2 * one:
+            raise Wrong(
+                "backward sends more than one gather and one reduce-scatter of each weight.", facts
+            )
+        _judge_what_stays(layers, facts)
+        if peak > 4:
+            raise Wrong(
+                f"at backward's peak there are {peak:.1f} whole weights or gradients more than "
+                "before: does something hold them from one layer to the next?",
+                facts,
+            )
+        return right("gone after forward, back for backward, and only shards of gradients.", facts)
+
+
+def _judge_linear(
+    outs: Sequence[Tensor], inputs: list[Tensor], weights: list[Tensor], gpus: list[torch.device]
+) -> None:
+    for out, x, gpu in zip(outs, inputs, gpus, strict=True):
+        for weight in weights:
+            x = F.linear(x, weight)
+        if out.device != gpu:
+            raise Wrong(f"an output is on {out.device}, and should be on {gpu}.")
+        require_finite([out], f"the output on {gpu}")
+        if not torch.allclose(out.detach().cpu(), x, atol=1e-4):
+            raise Wrong(f"the output on {gpu} is not x Wᵀ.")
+        if not out.requires_grad:
+            raise Wrong(f"the output on {gpu} has no way back: no gradient will reach its input.")
+
+
+def _judge_back_gradients(
+    xs: list[Tensor],
+    layers: list[list[Tensor]],
+    inputs: list[Tensor],
+    weights: list[Tensor],
+    facts: Facts,
+) -> None:
+    """Compare with autograd on the host, for each GPU's loss, and for all of them together."""
+    alone = []  # by GPU: the gradients of its own loss, first that of its input
+    for x in inputs:
+        leaves = [each.clone().requires_grad_() for each in (x, *weights)]
+        value = leaves[0]
+        for weight in leaves[1:]:
+            value = F.linear(value, weight)
+        alone.append(torch.autograd.grad(value.square().sum(), leaves))
+    for rank, (x, (wanted, *_)) in enumerate(zip(xs, alone, strict=True)):
+        if x.grad is None:
+            raise Wrong(f"no gradient arrives at the input of GPU {rank}.", facts)
+        require_finite([x.grad], f"the gradient of GPU {rank}'s input")
+        if not _close(x.grad, wanted):
+            raise Wrong(
+                f"the gradient of GPU {rank}'s input is not that of the output times W.", facts
+            )
+    for i, shards in enumerate(layers):
+        own = [gradients[1 + i].chunk(len(shards)) for gradients in alone]
+        for rank, shard in enumerate(shards):
+            where = f"layer {i}'s shard on GPU {rank}"
+            if shard.grad is None:
+                raise Wrong(f"no gradient arrives at {where}.", facts)
+            require_finite([shard.grad], f"the gradient of {where}")
+            wanted = sum(chunks[rank] for chunks in own)
+            if _close(shard.grad, wanted):
+                continue
+            if _close(shard.grad, own[rank][rank]):
+                raise Wrong(
+                    f"{where} has the gradient of GPU {rank}'s own examples alone: add those of "
+                    "all GPUs.",
+                    facts,
+                )
+            if _close(shard.grad * len(shards), wanted):
+                raise Wrong(f"{where} has the mean over the GPUs: the sum is asked for.", facts)
+            raise Wrong(f"{where} has not chunk {rank} of the sum of all gradients.", facts)
+
+
+def _close(ours: Tensor, wanted: Tensor) -> bool:
+    return torch.allclose(ours.cpu(), wanted, rtol=1e-3, atol=1e-3)
+
+
+def _judge_what_stays(layers: list[list[Tensor]], facts: Facts) -> None:
+    for shards in layers:
+        for shard in shards:
+            _require_own_memory(shard.grad, facts)
+
+
+def _require_own_memory(part: Tensor, facts: Facts) -> None:
+    held, needed = part.untyped_storage().nbytes(), part.nbytes
+    if held > needed:
+        raise Wrong(
+            f"a shard's gradient of {format_bytes(needed)} is a part of a tensor of "
+            f"{format_bytes(held)} and keeps all of it in memory: a copy of the part does not.",
+            facts,
+        )
 
 
 @check
@@ -198,6 +316,7 @@ def check_hook(scatter_in_hooks: Callable[[list[nn.Module], list[dict]], None]) 
             values = [layer(x) for layer, x in zip(layers, values, strict=True)]
         losses = [value.square().sum() for value in values]
         shards: list[dict] = [{} for _ in gpus]
+        unchanged = Unchanged({f"a parameter on {r[0].weight.device}": r for r in replicas})
         scatter_in_hooks(list(replicas), shards)
         before = hardware.memory_in_use(gpus[0])
         with timeline.trace() as t:
@@ -213,21 +332,23 @@ def check_hook(scatter_in_hooks: Callable[[list[nn.Module], list[dict]], None]) 
         _judge_shards(shards, model, inputs, gpus, facts)
         if any(each.grad is not None for replica in replicas for each in replica.parameters()):
             raise Wrong("the shards are right, and whole gradients are still in .grad.", facts)
-        if any("host" in route for route in t.bytes_moved):
-            raise Wrong("numbers went over the host: use reduce_scatter.", facts)
+        unchanged.require()
+        require_not_over_host(t, "numbers", facts)
         if sent > least:
             raise Wrong("one GPU sends more than a reduce-scatter of each gradient does.", facts)
+        for shard in (each for own in shards for each in own.values()):
+            _require_own_memory(shard, facts)
         if peak > 6 * whole:
             raise Wrong(
-                f"at the peak there are {peak / whole:.1f} whole gradients more than before: a "
-                "part of a tensor keeps all of it in memory, and a copy of the part does not.",
+                f"at the peak there are {peak / whole:.1f} whole gradients more than before: "
+                "something, such as a list, holds them when they have been scattered.",
                 facts,
             )
         return right("scattered as they came, and nothing whole is left.", facts)
 
 
 def _judge_shards(
-    shards: list[dict], model: nn.Module, inputs: Tensor, gpus: list[torch.device], facts: list
+    shards: list[dict], model: nn.Module, inputs: Tensor, gpus: list[torch.device], facts: Facts
 ) -> None:
     model.zero_grad()
     model(inputs).square().sum().backward()
@@ -242,6 +363,7 @@ def _judge_shards(
                     f"shards[{rank}][{name!r}] should be on {gpu}, of shape {tuple(wanted.shape)}.",
                     facts,
                 )
+            require_finite([shard], f"shards[{rank}][{name!r}]")
             if torch.allclose(shard.cpu() * len(gpus), wanted, rtol=1e-3, atol=1e-4):
                 raise Wrong("these are means over the GPUs: the sum is asked for.", facts)
             if not torch.allclose(shard.cpu(), wanted, rtol=1e-3, atol=1e-4):

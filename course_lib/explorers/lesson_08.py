@@ -18,11 +18,12 @@ def explore_sharding() -> Explorer:
         for stage, marker in zip(range(4), "os^D", strict=True):
             held = [billions * bytes_a_parameter(stage, count) for count in counts]
             enough = [n for n, gigabytes in zip(counts, held, strict=True) if gigabytes <= memory]
-            fits = f"from {enough[0]} GPUs on" if enough else "never fits"
+            fits = f"fits from {enough[0]} on" if enough else "never fits"
             ax.loglog(counts, held, f"{marker}-", label=f"stage {stage}: {fits}")
         ax.axhline(memory, linestyle="--", color=style.GREY, label=f"{memory} GB")
         ax.set(xlabel="GPUs", ylabel="GB on each GPU")
         ax.set_xticks(counts, counts)
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
         ax.set_title(f"{billions:g} billion parameters on GPUs of {memory} GB")
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -12,7 +12,8 @@ from exercise_answers import Answers
 GATHER = Answers("06", "gather", lesson_06.check_gather)
 HEADS = Answers("06", "heads", lesson_06.check_heads)
 BEST = Answers("06", "best", lesson_06.check_best)
-EXERCISES = [GATHER, HEADS, BEST]
+BLOCK = Answers("06", "block", lesson_06.check_block)
+EXERCISES = [GATHER, HEADS, BEST, BLOCK]
 
 
 # ---------------------------------------------------------------------- 1. a third border
@@ -516,3 +517,109 @@ def reading_each_number(scores):
             start += part.shape[-1]
         places.append(place)
     return torch.tensor(places).to(home)
+
+
+# ---------------------------------------------------------------------- 4. what a block costs
+
+
+def operations(B, T, D, N):
+    """Of one GPU."""
+    return (24 * B * T * D**2 + 4 * B * T**2 * D) / N
+
+
+def bytes_of_rings(B, T, D, N):
+    """That one GPU sends: two rings of two halves."""
+    return 2 * 2 * (N - 1) * B * T * D * 4 / N
+
+
+@BLOCK.right
+def by_formula(B, T, D, N):
+    return operations(B, T, D, N), bytes_of_rings(B, T, D, N)
+
+
+@BLOCK.right
+def layer_by_layer(B, T, D, N):
+    layers = [(D, 3 * D // N), (D // N, D), (D, 4 * D // N), (4 * D // N, D)]
+    linear = sum(2 * B * T * rows * columns for rows, columns in layers)
+    chunk = B * T * D * 4 / N
+    return [linear + 2 * 2 * B * T * T * D // N, chunk * (N - 1) * 4]
+
+
+@BLOCK.wrong("for B=3, T=32, D=48, N=8 you count", "an addition: count both")
+def multiplications_alone(B, T, D, N):
+    return operations(B, T, D, N) / 2, bytes_of_rings(B, T, D, N)
+
+
+@BLOCK.wrong("Attention's two products are missing")
+def no_attention(B, T, D, N):
+    return 24 * B * T * D**2 / N, bytes_of_rings(B, T, D, N)
+
+
+@BLOCK.wrong("operations and the meter", "Count one of its six products after the other.")
+def the_layer_behind_the_heads_forgotten(B, T, D, N):
+    return (22 * B * T * D**2 + 4 * B * T**2 * D) / N, bytes_of_rings(B, T, D, N)
+
+
+@BLOCK.wrong("operations and the meter", "Count one of its six products after the other.")
+def queries_alone_instead_of_three(B, T, D, N):
+    return (20 * B * T * D**2 + 4 * B * T**2 * D) / N, bytes_of_rings(B, T, D, N)
+
+
+@BLOCK.wrong("operations and the meter", "Count one of its six products after the other.")
+def an_mlp_of_one_way(B, T, D, N):
+    return (16 * B * T * D**2 + 4 * B * T**2 * D) / N, bytes_of_rings(B, T, D, N)
+
+
+@BLOCK.wrong("Attention's products come to half of theirs")
+def one_product_of_attention(B, T, D, N):
+    return (24 * B * T * D**2 + 2 * B * T**2 * D) / N, bytes_of_rings(B, T, D, N)
+
+
+@BLOCK.wrong("what all GPUs do together")
+def the_whole_block(B, T, D, N):
+    return N * operations(B, T, D, N), bytes_of_rings(B, T, D, N)
+
+
+@BLOCK.wrong("each GPU has H/N of them")
+def attention_on_every_gpu(B, T, D, N):
+    return 24 * B * T * D**2 / N + 4 * B * T**2 * D, bytes_of_rings(B, T, D, N)
+
+
+@BLOCK.wrong("forward and backward")
+def backward_too(B, T, D, N):
+    return 3 * operations(B, T, D, N), bytes_of_rings(B, T, D, N)
+
+
+@BLOCK.wrong("a block has two all-reduces, a ring has two halves")
+def one_all_reduce(B, T, D, N):
+    return operations(B, T, D, N), bytes_of_rings(B, T, D, N) / 2
+
+
+@BLOCK.wrong("is it numbers, and not bytes?")
+def numbers_not_bytes(B, T, D, N):
+    return operations(B, T, D, N), bytes_of_rings(B, T, D, N) / 4
+
+
+@BLOCK.wrong("only forward was asked for")
+def four_all_reduces(B, T, D, N):
+    return operations(B, T, D, N), 2 * bytes_of_rings(B, T, D, N)
+
+
+@BLOCK.wrong("all chunks but one")
+def whole_tensors_round_the_ring(B, T, D, N):
+    return operations(B, T, D, N), 2 * 2 * B * T * D * 4
+
+
+@BLOCK.wrong("nobody sends the whole tensor to everybody")
+def everything_to_everybody(B, T, D, N):
+    return operations(B, T, D, N), 2 * (N - 1) * B * T * D * 4
+
+
+@BLOCK.wrong("return two numbers")
+def operations_alone(B, T, D, N):
+    return operations(B, T, D, N)
+
+
+@BLOCK.wrong("returned None: is a return statement missing?")
+def no_bytes(B, T, D, N):
+    return operations(B, T, D, N), None

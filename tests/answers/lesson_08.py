@@ -6,14 +6,14 @@ import torch
 from torch.nn import functional as F
 
 from course_lib.exercises import lesson_08
-from course_lib.parallel.collectives import all_gather, broadcast, reduce_scatter, ring_all_reduce
+from course_lib.parallel.collectives import all_gather, reduce_scatter, ring_all_reduce
 from exercise_answers import Answers
 
 FIT = Answers("08", "fit", lesson_08.check_fit)
-STEP = Answers("08", "step", lesson_08.check_step)
 GATHER = Answers("08", "gather", lesson_08.check_gather)
+BACK = Answers("08", "back", lesson_08.check_back)
 HOOK = Answers("08", "hook", lesson_08.check_hook)
-EXERCISES = [FIT, STEP, GATHER, HOOK]
+EXERCISES = [FIT, GATHER, BACK, HOOK]
 
 
 # ------------------------------------------------------------------------------ 1. does it fit?
@@ -103,162 +103,7 @@ def no_return(parameters, count, memory):
     the_first_that_fits(parameters, count, memory)
 
 
-# -------------------------------------------------------------- 2. the step between the halves
-
-
-def own_chunks(rows):
-    """Each GPU's shard, a part of its row."""
-    return [row.chunk(len(rows))[rank] for rank, row in enumerate(rows)]
-
-
-def share(rows, shards):
-    """Put all shards into each row."""
-    for row, whole in zip(rows, all_gather(shards), strict=True):
-        row.copy_(whole)
-
-
-@STEP.right
-def shards_updated_in_their_rows(rows, gradients, lr):
-    shards = own_chunks(rows)
-    for shard, gradient in zip(shards, reduce_scatter(gradients), strict=True):
-        shard.add_(gradient, alpha=-lr)
-    share(rows, shards)
-
-
-@STEP.right
-def an_optimizer_for_each_shard(rows, gradients, lr):
-    shards = own_chunks(rows)
-    for shard, gradient in zip(shards, reduce_scatter(gradients), strict=True):
-        shard.grad = gradient
-        torch.optim.SGD([shard], lr=lr).step()
-    share(rows, shards)
-
-
-@STEP.right
-def the_parameters_travelling_in_the_sum(rows, gradients, lr):
-    for gradient, shard, mine in zip(
-        gradients, own_chunks(rows), own_chunks(gradients), strict=True
-    ):
-        gradient.mul_(-lr)
-        mine += shard
-    ring_all_reduce(gradients)
-    for row, new in zip(rows, gradients, strict=True):
-        row.copy_(new)
-
-
-@STEP.right
-def shards_copied_straight_to_the_others(rows, gradients, lr):
-    N = len(rows)
-    for rank, (row, gradient) in enumerate(zip(rows, reduce_scatter(gradients), strict=True)):
-        shard = row.view(N, -1)[rank]
-        shard -= lr * gradient
-        for other in rows[:rank] + rows[rank + 1 :]:
-            other.view(N, -1)[rank] = shard
-
-
-@STEP.wrong("on 2 GPUs, GPU 0", "its own gradients alone")
-def each_with_its_own_gradient(rows, gradients, lr):
-    for row, gradient in zip(rows, gradients, strict=True):
-        row -= lr * gradient
-
-
-@STEP.wrong("on 2 GPUs, GPU 0", "are not the parameters after one step")
-def gathering_shards_of_its_own_gradient(rows, gradients, lr):
-    each_with_its_own_gradient(rows, gradients, lr)
-    share(rows, [chunk.clone() for chunk in own_chunks(rows)])
-
-
-@STEP.wrong("on 2 GPUs, GPU 0", "mean of the gradients: the sum is asked for")
-def the_mean(rows, gradients, lr):
-    shards_updated_in_their_rows(rows, gradients, lr / len(rows))
-
-
-@STEP.wrong("on 2 GPUs, GPU 0", "its own shard is right", "gather them")
-def only_its_own_shard(rows, gradients, lr):
-    for shard, gradient in zip(own_chunks(rows), reduce_scatter(gradients), strict=True):
-        shard -= lr * gradient
-
-
-@STEP.wrong("on 2 GPUs, one adds to a whole row", "its shard only")
-def everyone_updates_everything(rows, gradients, lr):
-    ring_all_reduce(gradients)
-    each_with_its_own_gradient(rows, gradients, lr)
-
-
-@STEP.wrong("on 2 GPUs, one adds to a whole row", "its shard only")
-def everyone_updates_everything_out_of_place(rows, gradients, lr):
-    ring_all_reduce(gradients)
-    for row, gradient in zip(rows, gradients, strict=True):
-        row.copy_(row - lr * gradient)
-
-
-@STEP.wrong("on 2 GPUs, one adds to a whole row", "its shard only")
-def the_first_updates_all(rows, gradients, lr):
-    for gradient in gradients[1:]:
-        gradients[0] += gradient.to(gradients[0].device)
-    rows[0] -= lr * gradients[0]
-    broadcast(rows)
-
-
-@STEP.wrong("on 1 GPU, GPU 0", "wrong direction")
-def uphill(rows, gradients, lr):
-    shards_updated_in_their_rows(rows, gradients, -lr)
-
-
-@STEP.wrong("without lr")
-def no_learning_rate(rows, gradients, lr):
-    shards_updated_in_their_rows(rows, gradients, 1)
-
-
-@STEP.wrong("the row is what it was", "in place, with copy_")
-def new_rows(rows, gradients, lr):
-    shards = [
-        shard - lr * gradient
-        for shard, gradient in zip(own_chunks(rows), reduce_scatter(gradients), strict=True)
-    ]
-    return all_gather(shards)
-
-
-@STEP.wrong("the row is what it was", "in place, with copy_")
-def new_rows_in_the_list(rows, gradients, lr):
-    rows[:] = new_rows(rows, gradients, lr)
-
-
-@STEP.wrong("over the host", "use the collectives")
-def over_the_host(rows, gradients, lr):
-    total = sum(gradient.cpu() for gradient in gradients)
-    new = rows[0].cpu() - lr * total
-    for row in rows:
-        row.copy_(new)
-
-
-@STEP.wrong("the rows agree, but not to the last bit")
-def each_beginning_with_its_own_gradient(rows, gradients, lr):
-    for rank, row in enumerate(rows):
-        for gradient in gradients[rank:] + gradients[:rank]:
-            row -= lr * gradient.to(row.device)
-
-
-@STEP.wrong("on 2 GPUs, one sends more than 2 (N - 1)/N rows")
-def gathering_all_gradients(rows, gradients, lr):
-    N = len(rows)
-    shards = own_chunks(rows)
-    for rank, everything in enumerate(all_gather(gradients)):
-        for gradient in everything.view(N, N, -1)[:, rank]:
-            shards[rank] -= lr * gradient
-    share(rows, shards)
-
-
-@STEP.wrong("on 2 GPUs, one sends more than 2 (N - 1)/N rows")
-def an_all_reduce_and_then_a_gather(rows, gradients, lr):
-    ring_all_reduce(gradients)
-    shards = own_chunks(rows)
-    for shard, gradient in zip(shards, own_chunks(gradients), strict=True):
-        shard -= lr * gradient
-    share(rows, shards)
-
-
-# ------------------------------------------------------------------------- 3. gather, use, forget
+# ------------------------------------------------------------------------- 2. gather, use, forget
 
 
 def layer(xs, weights):
@@ -306,7 +151,7 @@ def each_shard_into_its_place(layers, xs):
     return xs
 
 
-@GATHER.wrong("held 2.0 whole weights at once", "forget one before you gather the next")
+@GATHER.wrong("GPU 0 held 2.0 whole weights at once", "a name or a list still holds one")
 def the_last_one_kept_while_the_next_comes(layers, xs):
     for shards in layers:
         whole = all_gather(shards)
@@ -314,7 +159,7 @@ def the_last_one_kept_while_the_next_comes(layers, xs):
     return xs
 
 
-@GATHER.wrong("GPU 3 held 2.0 whole weights at once")
+@GATHER.wrong("GPU 3 held 2.0 whole weights at once", "the variable of a loop")
 def a_loop_variable_that_lives_on(layers, xs):
     for shards in layers:
         whole = all_gather(shards)
@@ -326,21 +171,21 @@ def a_loop_variable_that_lives_on(layers, xs):
     return xs
 
 
-@GATHER.wrong("held 6.0 whole weights at once", "forget one before")
+@GATHER.wrong("held 6.0 whole weights at once", "a name or a list still holds one")
 def all_gathered_first(layers, xs):
     for whole in [all_gather(shards) for shards in layers]:
         xs = layer(xs, whole)
     return xs
 
 
-@GATHER.wrong("GPU 0 held 1.8 whole weights", "beside the whole weight that they become")
+@GATHER.wrong("GPU 0 held 1.8 whole weights", "beside it something else, such as shards")
 def shards_beside_the_whole(layers, xs):
     for shards in layers:
         xs = [F.relu(F.linear(x, torch.cat([s.to(x.device) for s in shards]))) for x in xs]
     return xs
 
 
-@GATHER.wrong("gathered more than once")
+@GATHER.wrong("2 times the bytes of the shards that it lacks", "gather each weight once")
 def gathered_twice(layers, xs):
     for shards in layers:
         all_gather(shards)
@@ -348,7 +193,7 @@ def gathered_twice(layers, xs):
     return xs
 
 
-@GATHER.wrong("gathered more than once")
+@GATHER.wrong("4 times the bytes of the shards that it lacks", "gather each weight once")
 def gathered_again_for_each_gpu(layers, xs):
     for shards in layers:
         xs = [F.relu(F.linear(x, all_gather(shards)[rank])) for rank, x in enumerate(xs)]
@@ -381,7 +226,7 @@ def the_first_input_for_all(layers, xs):
     return a_function_that_forgets(layers, [xs[0].to(x.device) for x in xs])
 
 
-@GATHER.wrong("over the host", "use all_gather")
+@GATHER.wrong("over the host", "from GPU to GPU")
 def weights_over_the_host(layers, xs):
     for shards in layers:
         whole = torch.cat([shard.cpu() for shard in shards])
@@ -396,7 +241,7 @@ def its_own_shard_as_the_whole(layers, xs):
     return xs
 
 
-@GATHER.wrong("the inputs travel and not the weights", "lesson 06")
+@GATHER.wrong("less than the shards that it lacks", "the weights come to it")
 def the_inputs_sent_to_the_shards(layers, xs):
     for shards in layers:
         xs = [
@@ -408,15 +253,282 @@ def the_inputs_sent_to_the_shards(layers, xs):
     return xs
 
 
-@GATHER.wrong("return a list of 4 outputs")
+@GATHER.wrong("returned None: is a return statement missing?")
 def no_outputs(layers, xs):
     a_function_that_forgets(layers, xs)
 
 
-@GATHER.wrong("return on vgpu:1 its output", "shape (2, 256)")
+@GATHER.wrong("an output is on vgpu:0, and should be on vgpu:1")
 def all_on_the_first_gpu(layers, xs):
     outs = a_function_that_forgets(layers, xs)
     return [out.to(outs[0].device) for out in outs]
+
+
+@GATHER.wrong("GPU 0 sends 4 times what each GPU would send")
+def gathered_on_one_gpu_and_broadcast(layers, xs):
+    for shards in layers:
+        home = xs[0].device
+        whole = torch.empty(4 * len(shards[0]), shards[0].shape[1], device=home)
+        for rank, shard in enumerate(shards):
+            whole[rank * len(shard) : (rank + 1) * len(shard)] = shard
+        xs = [F.relu(F.linear(x, whole.to(x.device))) for x in xs]
+        del whole
+    return xs
+
+
+@GATHER.wrong("GPU 0 gets", "something else than weights travels")
+def all_examples_computed_on_the_last_gpu(layers, xs):
+    home = xs[-1].device
+    values = [x.to(home) for x in xs]
+    for shards in layers:
+        weight = torch.empty(4 * len(shards[0]), shards[0].shape[1], device=home)
+        for rank, shard in enumerate(shards):
+            weight[rank * len(shard) : (rank + 1) * len(shard)] = shard
+        values = layer(values, [weight] * len(values))
+        del weight
+    return [value.to(x.device) for value, x in zip(values, xs, strict=True)]
+
+
+@GATHER.wrong("NaN", "the output on vgpu:0")
+def not_a_number(layers, xs):
+    return [out * float("nan") for out in a_function_that_forgets(layers, xs)]
+
+
+@GATHER.wrong("layer 0's shard on GPU 0 changed")
+def shards_forgotten_too(layers, xs):
+    outs = a_function_that_forgets(layers, xs)
+    layers[0][0].zero_()
+    return outs
+
+
+@GATHER.wrong("return a list of 4 tensors for 4 GPUs")
+def one_output(layers, xs):
+    return a_function_that_forgets(layers, xs)[0]
+
+
+# ------------------------------------------------------------- 3. back for the backward
+
+
+def back_with(keep, gather, scatter):
+    """The answer that keeps ``keep(xs, shards)``, and finds weights and gradients by the others."""
+
+    class Layer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            xs, shards = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+            whole = all_gather(shards)
+            ctx.save_for_backward(*xs, *keep(shards, whole))
+            return tuple(F.linear(*each) for each in zip(xs, whole, strict=True))
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            N = len(gradients)
+            xs, kept = ctx.saved_tensors[:N], ctx.saved_tensors[N:]
+            back = [g @ weight for g, weight in zip(gradients, gather(kept), strict=True)]
+            return (*back, *scatter([g.T @ x for g, x in zip(gradients, xs, strict=True)]))
+
+    return lambda xs, shards: list(Layer.apply(*xs, *shards))
+
+
+def the_shards(shards, whole):
+    return shards
+
+
+def copied_parts(gradients):
+    return [part.clone() for part in reduce_scatter(gradients)]
+
+
+@BACK.right
+def a_function_of_all_gpus(xs, shards):
+    return back_with(the_shards, all_gather, copied_parts)(xs, shards)
+
+
+@BACK.right
+def chunks_straight_to_their_owners(xs, shards):
+    def scatter(gradients):
+        return [
+            torch.stack([g.chunk(len(gradients))[rank].to(mine.device) for g in gradients]).sum(0)
+            for rank, mine in enumerate(gradients)
+        ]
+
+    return back_with(the_shards, all_gather, scatter)(xs, shards)
+
+
+@BACK.right
+def saved_tensor_hooks(xs, shards):
+    parts = [shard.detach() for shard in shards]
+    wholes = [whole.requires_grad_() for whole in all_gather(parts)]
+    came = []
+
+    def keep(rank):
+        weight = wholes[rank]
+        return lambda t: (rank, t.stride()) if t is weight or t._base is weight else t
+
+    def find(kept):
+        if not isinstance(kept, tuple):
+            return kept
+        rank, stride = kept
+        if not len(wholes[rank]):
+            for whole, value in zip(wholes, all_gather(parts), strict=True):
+                whole.data = value
+        weight = wholes[rank].detach()
+        return weight if weight.stride() == stride else weight.T
+
+    def forget(weight):
+        weight.data = weight.new_empty(0)
+
+    def scatter(weight):
+        forget(weight)
+        came.append(weight)
+        if len(came) == len(wholes):
+            for shard, part in zip(shards, reduce_scatter([w.grad for w in wholes]), strict=True):
+                shard.grad = part.clone()
+            for each in wholes:
+                each.grad = None
+            came.clear()
+
+    outs = []
+    for rank, (x, whole) in enumerate(zip(xs, wholes, strict=True)):
+        with torch.autograd.graph.saved_tensors_hooks(keep(rank), find):
+            outs.append(F.linear(x, whole))
+        whole.register_post_accumulate_grad_hook(scatter)
+        forget(whole)
+    return outs
+
+
+@BACK.wrong("between forward and backward GPU 0 still holds 5.0 whole weights of 5", "keep shards")
+def the_gathered_weights_kept(xs, shards):
+    return back_with(lambda shards, whole: whole, lambda kept: kept, copied_parts)(xs, shards)
+
+
+@BACK.wrong("no gradient arrives at layer 0's shard on GPU 0")
+def autograd_through_gathered_weights(xs, shards):
+    whole = all_gather([shard.detach() for shard in shards])
+    return [F.linear(*each) for each in zip(xs, whole, strict=True)]
+
+
+@BACK.wrong("all_gather brings no gradients back", "line")
+def gathered_with_a_graph(xs, shards):
+    whole = all_gather(shards)
+    return [F.linear(*each) for each in zip(xs, whole, strict=True)]
+
+
+@BACK.wrong("GPU 0's own examples alone", "add those of all GPUs")
+def each_its_own_chunk(xs, shards):
+    def scatter(gradients):
+        return [g.chunk(len(gradients))[rank].clone() for rank, g in enumerate(gradients)]
+
+    return back_with(the_shards, all_gather, scatter)(xs, shards)
+
+
+@BACK.wrong("a shard's gradient of 65.54 kB is a part of a tensor of 262.14 kB")
+def views_of_whole_gradients(xs, shards):
+    return back_with(the_shards, all_gather, reduce_scatter)(xs, shards)
+
+
+@BACK.wrong("the mean over the GPUs: the sum is asked for")
+def the_mean_of_the_gradients(xs, shards):
+    def scatter(gradients):
+        return [part / len(gradients) for part in reduce_scatter(gradients)]
+
+    return back_with(the_shards, all_gather, scatter)(xs, shards)
+
+
+@BACK.wrong("not chunk 0 of the sum")
+def the_wrong_owner(xs, shards):
+    def scatter(gradients):
+        parts = copied_parts(gradients)
+        return [part.to(g.device) for part, g in zip(parts[1:] + parts[:1], gradients, strict=True)]
+
+    return back_with(the_shards, all_gather, scatter)(xs, shards)
+
+
+@BACK.wrong("backward sends more than one gather and one reduce-scatter")
+def gradients_all_reduced(xs, shards):
+    def scatter(gradients):
+        ring_all_reduce(gradients)
+        return [g.chunk(len(gradients))[rank].clone() for rank, g in enumerate(gradients)]
+
+    return back_with(the_shards, all_gather, scatter)(xs, shards)
+
+
+@BACK.wrong("backward sends more than one gather and one reduce-scatter")
+def gathered_again_for_each_gpu_in_backward(xs, shards):
+    def gather(kept):
+        return [all_gather(kept)[rank] for rank in range(len(kept))]
+
+    return back_with(the_shards, gather, copied_parts)(xs, shards)
+
+
+@BACK.wrong("forward sends more than one gather")
+def gathered_twice_forward(xs, shards):
+    all_gather([shard.detach() for shard in shards])
+    return a_function_of_all_gpus(xs, shards)
+
+
+@BACK.wrong("the gradient of GPU 0's input is not that of the output times W")
+def the_weight_transposed(xs, shards):
+    def gather(kept):
+        return [weight.T for weight in all_gather(kept)]
+
+    return back_with(the_shards, gather, copied_parts)(xs, shards)
+
+
+@BACK.wrong("no gradient arrives at the input of GPU 0")
+def inputs_detached(xs, shards):
+    return a_function_of_all_gpus([x.detach() for x in xs], shards)
+
+
+@BACK.wrong("the output on vgpu:0 has no way back")
+def without_a_graph(xs, shards):
+    with torch.no_grad():
+        return a_function_of_all_gpus(xs, shards)
+
+
+@BACK.wrong("NaN", "the gradient of layer")
+def gradients_that_are_no_numbers(xs, shards):
+    def scatter(gradients):
+        return [part * float("nan") for part in reduce_scatter(gradients)]
+
+    return back_with(the_shards, all_gather, scatter)(xs, shards)
+
+
+@BACK.wrong("numbers went over the host")
+def the_sum_on_the_host(xs, shards):
+    def scatter(gradients):
+        total = sum(g.cpu() for g in gradients).chunk(len(gradients))
+        return [part.to(g.device) for part, g in zip(total, gradients, strict=True)]
+
+    return back_with(the_shards, all_gather, scatter)(xs, shards)
+
+
+@BACK.wrong("layer 0's shard on GPU 0 changed")
+def stepped_as_well(xs, shards):
+    def scatter(gradients):
+        parts = copied_parts(gradients)
+        for shard, part in zip(shards, parts, strict=True):
+            shard.data -= part
+        return parts
+
+    return back_with(the_shards, all_gather, scatter)(xs, shards)
+
+
+@BACK.wrong("4 tensors for 4 GPUs")
+def one_output_of_four(xs, shards):
+    return a_function_of_all_gpus(xs, shards)[:1]
+
+
+@BACK.wrong("whole weights or gradients more than before", "from one layer to the next")
+def gradients_remembered(xs, shards):
+    def scatter(gradients):
+        remembered.append([g.clone() for g in gradients])
+        return copied_parts(gradients)
+
+    remembered.clear()
+    return back_with(the_shards, all_gather, scatter)(xs, shards)
+
+
+remembered: list = []
 
 
 # ----------------------------------------------------------------------- 4. scatter in a hook
@@ -469,7 +581,7 @@ def chunks_sent_straight_to_their_owners(replicas, shards):
     when_all_have_it(replicas, reduce)
 
 
-@HOOK.wrong("a part of a tensor keeps all of it in memory")
+@HOOK.wrong("is a part of a tensor of 65.54 kB and keeps all of it in memory")
 def views_kept(replicas, shards):
     def reduce(name, copies):
         parts = reduce_scatter([parameter.grad for parameter in copies])
@@ -519,3 +631,26 @@ def the_mean_of_all(replicas, shards):
 @HOOK.wrong("shards[0] has no '0.weight' after backward")
 def no_hooks(replicas, shards):
     pass
+
+
+@HOOK.wrong("something, such as a list, holds them")
+def gradients_kept_in_a_list(replicas, shards):
+    scattered = []
+
+    def reduce(name, copies):
+        gradients = [parameter.grad for parameter in copies]
+        scattered.append(gradients)
+        keep_shards(shards, name, copies, [part.clone() for part in reduce_scatter(gradients)])
+
+    when_all_have_it(replicas, reduce)
+
+
+@HOOK.wrong("a parameter on vgpu:0 changed")
+def stepped_in_the_hook(replicas, shards):
+    def reduce(name, copies):
+        parts = [part.clone() for part in reduce_scatter([p.grad for p in copies])]
+        keep_shards(shards, name, copies, parts)
+        with torch.no_grad():
+            copies[0] -= 1.0
+
+    when_all_have_it(replicas, reduce)
