@@ -215,7 +215,8 @@ def check_back(sharded_linear: Callable[..., Sequence[Tensor]]) -> Verdict:
             raise Wrong(
                 "backward sends more than one gather and one reduce-scatter of each weight.", facts
             )
-        _judge_what_stays(layers, facts)
+        for shard in (each for shards in layers for each in shards):
+            _require_own_memory(gradient_of(shard), facts)
         if peak > 4:
             raise Wrong(
                 f"at backward's peak there are {peak:.1f} whole weights or gradients more than "
@@ -270,8 +271,8 @@ def _judge_back_gradients(
             if shard.grad is None:
                 raise Wrong(f"no gradient arrives at {where}.", facts)
             require_finite([shard.grad], f"the gradient of {where}")
-            wanted = sum(chunks[rank] for chunks in own)
-            if _close(shard.grad, wanted):
+            total = torch.stack([chunks[rank] for chunks in own]).sum(0)
+            if _close(shard.grad, total):
                 continue
             if _close(shard.grad, own[rank][rank]):
                 raise Wrong(
@@ -279,19 +280,13 @@ def _judge_back_gradients(
                     "all GPUs.",
                     facts,
                 )
-            if _close(shard.grad * len(shards), wanted):
+            if _close(shard.grad * len(shards), total):
                 raise Wrong(f"{where} has the mean over the GPUs: the sum is asked for.", facts)
             raise Wrong(f"{where} has not chunk {rank} of the sum of all gradients.", facts)
 
 
 def _close(ours: Tensor, wanted: Tensor) -> bool:
     return torch.allclose(ours.cpu(), wanted, rtol=1e-3, atol=1e-3)
-
-
-def _judge_what_stays(layers: list[list[Tensor]], facts: Facts) -> None:
-    for shards in layers:
-        for shard in shards:
-            _require_own_memory(shard.grad, facts)
 
 
 def _require_own_memory(part: Tensor, facts: Facts) -> None:
