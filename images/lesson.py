@@ -1,4 +1,4 @@
-"""A screenshot of lesson 00 in JupyterLab, for the README.
+"""A screenshot of lesson 05 in JupyterLab, for the README.
 
 Unlike the other pictures this one needs a browser: ``pip install playwright``, and Chromium. The
 variable ``CHROMIUM`` says where it is, if not at /usr/bin/chromium. Without them it is kept as it
@@ -16,8 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = Path(__file__).with_suffix(".png")
-LESSON = "notebooks/00_meet_your_gpus.ipynb"
-FIRST_WORDS = "See it: the timeline"
+LESSON = "notebooks/05_pipeline_parallelism.ipynb"
+LAST_WORDS = "There is the answer to the first guess"
 FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
 
 
@@ -43,11 +43,15 @@ def main() -> None:
             browser = playwright.chromium.launch(executable_path=path, args=FLAGS.split())
             page = browser.new_page(viewport={"width": 1080, "height": 820})
             _open(page, f"http://127.0.0.1:{port}/doc/tree/{LESSON}?token={token}")
-            heading = page.get_by_role("heading", name=FIRST_WORDS)
-            heading.wait_for(timeout=60_000)
-            page.get_by_role("button", name="No", exact=True).click()  # JupyterLab's news
+            reading = page.get_by_role("paragraph").filter(has_text=LAST_WORDS)
+            reading.wait_for(timeout=180_000)
+            news = page.get_by_role("button", name="No", exact=True)
+            if news.is_visible():
+                news.click()
+            if page.locator("#filebrowser").is_visible():
+                page.keyboard.press("Control+b")  # room for the lesson
             for _ in range(3):  # cells are laid out as they come into view, and move the rest
-                heading.evaluate("element => element.scrollIntoView({block: 'start'})")
+                reading.evaluate("element => element.scrollIntoView({block: 'end'})")
                 page.wait_for_timeout(1500)
             page.screenshot(path=PICTURE)
             browser.close()
