@@ -35,21 +35,23 @@ def execute(operator: Operator, args: tuple, kwargs: dict) -> Any:
         else:
             inner_args.append(_unwrap(value, tensors, host_tensors))
     inner_kwargs = {}
-    for name, value in kwargs.items():
-        inner_kwargs[name] = _unwrap(value, tensors, host_tensors)
+    if kwargs:
+        for name, value in kwargs.items():
+            inner_kwargs[name] = _unwrap(value, tensors, host_tensors)
     index = tensors[0].device_index
-    number = machine.number
+    memory = tensors[0].allocation.memory
+    if memory.machine_number != machine.number:
+        machine.check_made_here(memory)
     nbytes_multiplied = 1.0
     for tensor in tensors:
         allocation = tensor.allocation
-        if allocation.memory.machine_number != number:
+        if allocation.memory is not memory:
             machine.check_made_here(allocation.memory)
-        if tensor.device_index != index:
             raise mixed_devices(device_of(index), tensor.device)
         nbytes_multiplied *= allocation.nbytes
     if host_tensors:
         _check_host_tensors(operator, index, host_tensors, inner_args, inner_kwargs)
-    if "device" in kwargs:
+    if kwargs and "device" in kwargs:
         target = target_of(kwargs["device"], index)
         inner_kwargs["device"] = machine.backing if target is not None else kwargs["device"]
         if target is None:
