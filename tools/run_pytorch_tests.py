@@ -10,7 +10,8 @@ that pass on the CPU and are not skipped on ``vgpu``; what fails is grouped by i
 ``pytorch_test_exceptions.py`` says what is not expected to pass, and why.
 
 Each run of a file is a process: a test that ends it is counted, and the next process goes on after
-it. The CPU's results are kept in ``build/pytorch_tests``.
+it. The CPU's results are kept in ``build/pytorch_tests``, and what did not pass there is not run on
+``vgpu``.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ FILES = [
 SECONDS_A_TEST = 60
 ADDRESSES = 8_000_000_000  # bytes; some tests would take all that a computer has
 ENDED_THE_PROCESS = "ended the process"
-KEPT = Path(__file__).parent.parent / "build" / "pytorch_tests"
+KEPT = Path(__file__).resolve().parent.parent / "build" / "pytorch_tests"
 
 Results = dict[str, tuple[str, str]]  # for each test "passed", "skipped" or "failed", and why
 
@@ -55,14 +56,15 @@ def main() -> int:
     parser.add_argument("-k", default="", metavar="TEXT", help="only tests with TEXT in their name")
     arguments = parser.parse_args()
     if arguments.child:
-        run_here(arguments.folder / arguments.files[0], arguments.child, arguments.k)
+        run_here(arguments.folder, arguments.files[0], arguments.child, arguments.k)
         return 0
     missing = [name for name in arguments.files if not (arguments.folder / name).exists()]
     if missing:
         parser.error(f"{arguments.folder} has no {missing[0]}: give the folder test of PyTorch")
     unexpected = 0
     for name in arguments.files:
-        cpu = results(arguments.folder, name, "cpu", arguments.k, keep=not arguments.k)
+        cpu = results(arguments.folder, name, "cpu", arguments.k)
+        _log(name, "vgpu", arguments.k).unlink(missing_ok=True)
         virtual = results(arguments.folder, name, "vgpu", arguments.k)
         unexpected += report(name, cpu, virtual)
     return int(unexpected > 0)
@@ -94,28 +96,29 @@ def report(name: str, cpu: Results, virtual: Results) -> int:
     return len(failed) - len(excused)
 
 
-def results(folder: Path, name: str, device: str, text: str, keep: bool = False) -> Results:
-    """Run the tests of a file in processes of their own, or read what an earlier run kept."""
+def results(folder: Path, name: str, device: str, text: str) -> Results:
+    """Run, in processes of their own, the tests of a file that the log does not have yet."""
     KEPT.mkdir(parents=True, exist_ok=True)
-    log = KEPT / f"{name.replace('/', '_')}.{device}.jsonl"
-    if not (keep and log.exists()):
-        log.unlink(missing_ok=True)
-        command = [sys.executable, __file__, str(folder), name, "--child", device, "-k", text]
-        environment = {
-            **os.environ,
-            "COURSE_DEVICES": "virtual",
-            "PYTORCH_TESTING_DEVICE_ONLY_FOR": "cpu" if device == "cpu" else "privateuse1",
-            "RESULTS": str(log),
-        }
-        while True:
-            before = len(_read(log))
-            with open(log.with_suffix(".txt"), "w") as output:
-                done = subprocess.run(command, env=environment, stdout=output, stderr=output)
-            if done.returncode == 0:
-                break
-            if len(_read(log)) == before:
-                raise SystemExit(f"{name} does not start: see {log.with_suffix('.txt')}")
-    return _read(log)
+    log = _log(name, device, text)
+    command = [sys.executable, __file__, str(folder), name, "--child", device, "-k", text]
+    environment = {
+        **os.environ,
+        "COURSE_DEVICES": "virtual",
+        "PYTORCH_TESTING_DEVICE_ONLY_FOR": "cpu" if device == "cpu" else "privateuse1",
+    }
+    while True:
+        before = len(_read(log))
+        with open(log.with_suffix(".txt"), "w") as output:
+            done = subprocess.run(command, env=environment, stdout=output, stderr=output)
+        if done.returncode == 0:
+            return _read(log)
+        if len(_read(log)) == before:
+            raise SystemExit(f"{name} does not start: see {log.with_suffix('.txt')}")
+
+
+def _log(name: str, device: str, text: str) -> Path:
+    part = f".{re.sub(r'[^A-Za-z0-9_]', '', text)}" if text else ""
+    return KEPT / f"{name.replace('/', '_')}.{device}{part}.jsonl"
 
 
 def _read(log: Path) -> Results:
@@ -124,10 +127,13 @@ def _read(log: Path) -> Results:
     return {test: (outcome, why) for test, outcome, why in map(json.loads, lines)}
 
 
-def run_here(file: Path, device: str, text: str) -> None:
+def run_here(folder: Path, name: str, device: str, text: str) -> None:
     """Run what the log does not have yet of the file's device-generic tests, in this process."""
-    log = Path(os.environ["RESULTS"])
-    done = _read(log)
+    file, log = folder.resolve() / name, _log(name, device, text)
+    done = set(_read(log))
+    if device == "vgpu":
+        on_cpu = _read(_log(name, "cpu", text))
+        done |= {test for test, (outcome, _) in on_cpu.items() if outcome != "passed"}
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
     sys.path[:0] = [str(file.parent), str(file.parent.parent)]
     os.chdir(file.parent)
@@ -150,11 +156,11 @@ def run_here(file: Path, device: str, text: str) -> None:
                 continue
             for method in unittest.defaultTestLoader.getTestCaseNames(kind):
                 test = kind(method)
-                name = _neutral(test, endings, device)
-                if name in done or text not in name:
+                neutral = _neutral(test, endings, device)
+                if neutral in done or text not in neutral:
                     continue
-                note(name, "failed", ENDED_THE_PROCESS)
-                note(name, *_run(test))
+                note(neutral, "failed", ENDED_THE_PROCESS)
+                note(neutral, *_run(test))
     lines.close()
     os._exit(0)  # threads that a failed test left would keep the process
 
