@@ -53,9 +53,7 @@ def test_environment_yml_is_pyproject_for_conda():
     assert environment["dependencies"][-1] == {"pip": ["-e ."]}
 
 
-@pytest.mark.parametrize(
-    "need", REQUIRED + TO_READ_AND_RUN + FOR_TESTS, ids=lambda need: need.name
-)
+@pytest.mark.parametrize("need", REQUIRED + TO_READ_AND_RUN + FOR_TESTS, ids=lambda need: need.name)
 def test_every_dependency_has_a_pin_that_satisfies_it(need: Requirement):
     assert need.specifier.contains(pins()[bare(need.name)])
 

@@ -176,3 +176,25 @@ def test_sparse_tensors_beside_dense_ones_are_refused_in_one_line():
     x = torch.ones(2, 2, device="vgpu:1")
     with pytest.raises(NotImplementedError, match=r"dense tensors only, not torch\.sparse_csr"):
         torch.ones(2, 2).to_sparse_csr().to("vgpu:1") @ x
+
+
+def test_lengths_of_a_ctc_loss_may_be_on_the_host():
+    torch.manual_seed(0)
+    scores = torch.randn(6, 2, 4).log_softmax(2).requires_grad_()
+    targets, lengths = (
+        torch.tensor([[1, 2, 3], [3, 1, 1]]),
+        (torch.tensor([6, 5]), torch.tensor([3, 2])),
+    )
+    expected = F.ctc_loss(scores, targets, *lengths)
+    expected.backward()
+    for home in ("cpu", "vgpu:0"):
+        on_gpu = scores.detach().to("vgpu:0").requires_grad_()
+        loss = F.ctc_loss(on_gpu, targets.to("vgpu:0"), *[each.to(home) for each in lengths])
+        loss.backward()
+        assert loss.item() == expected.item()
+        assert torch.equal(on_gpu.grad.cpu(), scores.grad)
+
+
+def test_a_tensor_without_numbers_is_on_another_device():
+    with pytest.raises(RuntimeError, match="found at least two devices, vgpu:0 and meta"):
+        torch.ones(2, 3, device="vgpu:0") @ torch.ones(3, 4, device="meta")

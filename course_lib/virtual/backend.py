@@ -29,6 +29,7 @@ from course_lib.virtual.adapters import (
     gradients,
     interrupt,
     layouts,
+    losses,
     modules,
     processes,
     profiling,
@@ -106,6 +107,7 @@ def register() -> list[torch.library.Library]:
     library = torch.library.Library("aten", "IMPL")
     _register_operators(library)
     attention.register(library)
+    losses.register(library)
     recurrent.register(library)
     recurrent_layers.register(library)
     # torch.tensor(..., device="vgpu:1") copies with the Python dispatcher switched off.

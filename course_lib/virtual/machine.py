@@ -31,9 +31,7 @@ class State:
         clock: the time, the streams, and who listens.
     """
 
-    def __init__(
-        self, spec: Spec, device_count: int, backing: str = "cpu", nodes: int = 1
-    ) -> None:
+    def __init__(self, spec: Spec, device_count: int, backing: str = "cpu", nodes: int = 1) -> None:
         self.number = next(_numbers)
         self.backing = torch.device(backing)
         self.memories: list[Memory] = []
