@@ -17,6 +17,11 @@ from course_lib.exercises.diagnosis import (
     require_not_over_host,
     require_tensors,
 )
+from course_lib.exercises.sharded_layer import (
+    judge_gradients,
+    judge_outputs,
+    require_own_memory,
+)
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
 from course_lib.parallel.data_parallel import replicate
 
@@ -186,7 +191,7 @@ def check_back(sharded_linear: Callable[..., Sequence[Tensor]]) -> Verdict:
                 require_tensors(values, [(2, width)] * count)
         whole = weights[0].nbytes
         kept = (hardware.memory_in_use(gpus[0]) - before) / whole
-        _judge_linear(values, inputs, weights, gpus)
+        judge_outputs(values, inputs, weights, gpus)
         with timeline.trace() as backward:
             torch.autograd.backward([value.square().sum() for value in values])
         del values
@@ -199,7 +204,7 @@ def check_back(sharded_linear: Callable[..., Sequence[Tensor]]) -> Verdict:
             ("sent by one GPU, forward", format_bytes(bytes_sent[0]), format_bytes(one)),
             ("sent by one GPU, backward", format_bytes(bytes_sent[1]), format_bytes(2 * one)),
         ]
-        _judge_back_gradients(xs, layers, inputs, weights, facts)
+        judge_gradients(xs, layers, inputs, weights, facts)
         unchanged.require()
         for t in (forward, backward):
             require_not_over_host(t, "numbers", facts)
@@ -216,7 +221,7 @@ def check_back(sharded_linear: Callable[..., Sequence[Tensor]]) -> Verdict:
                 "backward sends more than one gather and one reduce-scatter of each weight.", facts
             )
         for shard in (each for shards in layers for each in shards):
-            _require_own_memory(gradient_of(shard), facts)
+            require_own_memory(gradient_of(shard), facts)
         if peak > 4:
             raise Wrong(
                 f"at backward's peak there are {peak:.1f} whole weights or gradients more than "
@@ -224,79 +229,6 @@ def check_back(sharded_linear: Callable[..., Sequence[Tensor]]) -> Verdict:
                 facts,
             )
         return right("gone after forward, back for backward, and only shards of gradients.", facts)
-
-
-def _judge_linear(
-    outs: Sequence[Tensor], inputs: list[Tensor], weights: list[Tensor], gpus: list[torch.device]
-) -> None:
-    for out, x, gpu in zip(outs, inputs, gpus, strict=True):
-        for weight in weights:
-            x = F.linear(x, weight)
-        if out.device != gpu:
-            raise Wrong(f"an output is on {out.device}, and should be on {gpu}.")
-        require_finite([out], f"the output on {gpu}")
-        if not torch.allclose(out.detach().cpu(), x, atol=1e-4):
-            raise Wrong(f"the output on {gpu} is not x Wᵀ.")
-        if not out.requires_grad:
-            raise Wrong(f"the output on {gpu} has no way back: no gradient will reach its input.")
-
-
-def _judge_back_gradients(
-    xs: list[Tensor],
-    layers: list[list[Tensor]],
-    inputs: list[Tensor],
-    weights: list[Tensor],
-    facts: Facts,
-) -> None:
-    """Compare with autograd on the host, for each GPU's loss, and for all of them together."""
-    alone = []  # by GPU: the gradients of its own loss, first that of its input
-    for x in inputs:
-        leaves = [each.clone().requires_grad_() for each in (x, *weights)]
-        value = leaves[0]
-        for weight in leaves[1:]:
-            value = F.linear(value, weight)
-        alone.append(torch.autograd.grad(value.square().sum(), leaves))
-    for rank, (x, (wanted, *_)) in enumerate(zip(xs, alone, strict=True)):
-        if x.grad is None:
-            raise Wrong(f"no gradient arrives at the input of GPU {rank}.", facts)
-        require_finite([x.grad], f"the gradient of GPU {rank}'s input")
-        if not _close(x.grad, wanted):
-            raise Wrong(
-                f"the gradient of GPU {rank}'s input is not that of the output times W.", facts
-            )
-    for i, shards in enumerate(layers):
-        own = [gradients[1 + i].chunk(len(shards)) for gradients in alone]
-        for rank, shard in enumerate(shards):
-            where = f"layer {i}'s shard on GPU {rank}"
-            if shard.grad is None:
-                raise Wrong(f"no gradient arrives at {where}.", facts)
-            require_finite([shard.grad], f"the gradient of {where}")
-            total = torch.stack([chunks[rank] for chunks in own]).sum(0)
-            if _close(shard.grad, total):
-                continue
-            if _close(shard.grad, own[rank][rank]):
-                raise Wrong(
-                    f"{where} has the gradient of GPU {rank}'s own examples alone: add those of "
-                    "all GPUs.",
-                    facts,
-                )
-            if _close(shard.grad * len(shards), total):
-                raise Wrong(f"{where} has the mean over the GPUs: the sum is asked for.", facts)
-            raise Wrong(f"{where} has not chunk {rank} of the sum of all gradients.", facts)
-
-
-def _close(ours: Tensor, wanted: Tensor) -> bool:
-    return torch.allclose(ours.cpu(), wanted, rtol=1e-3, atol=1e-3)
-
-
-def _require_own_memory(part: Tensor, facts: Facts) -> None:
-    held, needed = part.untyped_storage().nbytes(), part.nbytes
-    if held > needed:
-        raise Wrong(
-            f"a shard's gradient of {format_bytes(needed)} is a part of a tensor of "
-            f"{format_bytes(held)} and keeps all of it in memory: a copy of the part does not.",
-            facts,
-        )
 
 
 @check
@@ -332,7 +264,7 @@ def check_hook(scatter_in_hooks: Callable[[list[nn.Module], list[dict]], None]) 
         if sent > least:
             raise Wrong("one GPU sends more than a reduce-scatter of each gradient does.", facts)
         for shard in (each for own in shards for each in own.values()):
-            _require_own_memory(shard, facts)
+            require_own_memory(shard, facts)
         if peak > 6 * whole:
             raise Wrong(
                 f"at the peak there are {peak / whole:.1f} whole gradients more than before: "
