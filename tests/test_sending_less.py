@@ -1,0 +1,206 @@
+"""Sending less: compressed sums lose nothing for ever, and local training meets where it should."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, Adam
+
+import course_lib
+from course_lib.models import MLP
+from course_lib.parallel.compressed_sums import Bfloat16Sums, Int8Sums, SumRows, TopKSums
+from course_lib.parallel.data_parallel import replicate, split_batch, train_step
+from course_lib.parallel.local_training import LocalTraining, diloco
+from course_lib.parallel.proof import largest_difference
+
+LENGTH = 1001
+KINDS = [Bfloat16Sums, Int8Sums, lambda: TopKSums(0.1)]
+NAMES = ["bfloat16", "int8", "top-k"]
+
+
+def random_rows(gpus: list[torch.device], seed: int) -> list[Tensor]:
+    torch.manual_seed(seed)
+    return [torch.randn(LENGTH).to(gpu) for gpu in gpus]
+
+
+def total(rows: list[Tensor]) -> Tensor:
+    return torch.stack([row.cpu() for row in rows]).sum(0)
+
+
+@pytest.mark.parametrize("make", KINDS, ids=NAMES)
+def test_all_devices_have_the_same_bits(make):
+    rows = random_rows(course_lib.devices(4), 0)
+    with course_lib.trace(strict=True):
+        make()(rows)
+    assert all(torch.equal(row.cpu(), rows[0].cpu()) for row in rows)
+
+
+@pytest.mark.parametrize("make, bound", [(Bfloat16Sums, 0.05), (Int8Sums, 0.1)])
+def test_a_short_sum_is_near_the_sum(make, bound: float):
+    rows = random_rows(course_lib.devices(4), 0)
+    expected = total(rows)
+    make()(rows)
+    assert (rows[0].cpu() - expected).abs().max() < bound
+    assert not torch.equal(rows[0].cpu(), expected)
+
+
+def test_top_k_of_everything_is_the_sum():
+    rows = random_rows(course_lib.devices(4), 0)
+    expected = total(rows)
+    TopKSums(1.0)(rows)
+    torch.testing.assert_close(rows[0].cpu(), expected)
+
+
+@pytest.mark.parametrize("make", [Int8Sums, lambda: TopKSums(0.1)], ids=["int8", "top-k"])
+def test_over_many_steps_what_is_said_and_what_is_owed_add_up_to_all(make):
+    gpus, compressed = course_lib.devices(3), make()
+    said, wanted = torch.zeros(LENGTH), torch.zeros(LENGTH)
+    for seed in range(20):
+        rows = random_rows(gpus, seed)
+        wanted += total(rows)
+        compressed(rows)
+        said += rows[0].cpu()
+    owed = total(compressed.feedback.owed)
+    if isinstance(compressed, Int8Sums):
+        owed += torch.cat([each.cpu() for each in compressed.of_sums.owed])
+    torch.testing.assert_close(said + owed, wanted, rtol=0, atol=1e-4)
+
+
+def test_without_feedback_the_same_small_number_is_lost_in_every_step():
+    gpus = course_lib.devices(2)
+    with_feedback = TopKSums(0.5)
+    said = torch.zeros(2)
+    for _ in range(10):
+        rows = [torch.tensor([1.0, 0.4], device=gpu) for gpu in gpus]
+        with_feedback(rows)
+        said += rows[0].cpu()
+    assert said[1] > 0.5 * 10 * 0.8  # the small one had its turns
+    forgetful = torch.zeros(2)
+    for _ in range(10):
+        rows = [torch.tensor([1.0, 0.4], device=gpu) for gpu in gpus]
+        TopKSums(0.5)(rows)
+        forgetful += rows[0].cpu()
+    assert forgetful.tolist() == [20.0, 0.0]
+
+
+@pytest.mark.parametrize("make, nbytes", [
+    (Bfloat16Sums, 2 * 3 * 4000 * 2),  # a ring, of two bytes a number
+    (Int8Sums, 2 * 3 * (4000 + 4 * 4)),  # there and back, a byte a number and 4 scales
+    (lambda: TopKSums(0.01), 3 * 4 * 40 * 8),  # 40 values and 40 places of each, to the 3 others
+], ids=NAMES)  # fmt: skip
+def test_the_bytes_are_what_the_formula_says(make, nbytes: int):
+    rows = [torch.randn(4000).to(gpu) for gpu in course_lib.devices(4)]
+    with course_lib.trace() as t:
+        make()(rows)
+    assert t.bytes_between_devices == nbytes
+
+
+@pytest.mark.parametrize("make", KINDS, ids=NAMES)
+def test_rows_of_zeros_stay_zeros(make):
+    rows = [torch.zeros(10, device=gpu) for gpu in course_lib.devices(2)]
+    make()(rows)
+    assert rows[0].cpu().count_nonzero() == 0
+
+
+def test_other_rows_than_before_are_refused_in_one_line():
+    gpus = course_lib.devices(2)
+    compressed: SumRows = Bfloat16Sums()
+    compressed([torch.zeros(4, device=gpu) for gpu in gpus])
+    with pytest.raises(ValueError, match="of other shapes or another number than before"):
+        compressed([torch.zeros(5, device=gpu) for gpu in gpus])
+
+
+@pytest.mark.parametrize("fraction", [0, -1, 1.5])
+def test_fractions_that_cannot_be_are_refused_in_one_line(fraction: float):
+    with pytest.raises(ValueError, match="fraction is above 0 and at most 1"):
+        TopKSums(fraction)
+
+
+# Local training.
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(24, 8, generator=generator)
+    return x, torch.randint(0, 4, (24,), generator=generator)
+
+
+def a_model() -> nn.Module:
+    torch.manual_seed(0)
+    return MLP(8, 16, 4)
+
+
+def sgd(parameters) -> SGD:
+    return SGD(parameters, lr=0.1)
+
+
+def test_to_meet_after_every_step_of_sgd_is_data_parallelism():
+    gpus = course_lib.devices(4)
+    local = LocalTraining(replicate(a_model(), gpus), sgd, period=1)
+    plain = replicate(a_model(), gpus)
+    optimizers = [sgd(replica.parameters()) for replica in plain]
+    for seed in range(3):
+        xs, ys = (split_batch(each, gpus) for each in batch(seed))
+        local.step(xs, ys, F.cross_entropy)
+        train_step(plain, optimizers, xs, ys, F.cross_entropy)
+    assert largest_difference(local.replicas[0], plain[0]) < 1e-6
+
+
+def test_to_meet_after_every_step_of_adam_is_not():
+    gpus = course_lib.devices(4)
+
+    def adam(parameters) -> Adam:
+        return Adam(parameters, lr=0.01)
+
+    local = LocalTraining(replicate(a_model(), gpus), adam, period=1)
+    plain = replicate(a_model(), gpus)
+    optimizers = [adam(replica.parameters()) for replica in plain]
+    for seed in range(3):
+        xs, ys = (split_batch(each, gpus) for each in batch(seed))
+        local.step(xs, ys, F.cross_entropy)
+        train_step(plain, optimizers, xs, ys, F.cross_entropy)
+    assert largest_difference(local.replicas[0], plain[0]) > 1e-3
+
+
+@pytest.mark.parametrize("make_outer", [None, diloco], ids=["average", "diloco"])
+def test_replicas_part_between_meetings_and_are_bit_identical_after_each(make_outer):
+    gpus = course_lib.devices(3)
+    options = {} if make_outer is None else {"make_outer": make_outer}
+    local = LocalTraining(replicate(a_model(), gpus), sgd, period=2, **options)
+    for step in range(1, 7):
+        xs, ys = (split_batch(each, gpus) for each in batch(step))
+        with course_lib.trace() as t:
+            local.step(xs, ys, F.cross_entropy)
+        apart = max(largest_difference(local.replicas[0], each) for each in local.replicas[1:])
+        assert (apart == 0.0) == (step % 2 == 0)
+        assert (t.bytes_between_devices > 0) == (step % 2 == 0)
+
+
+def test_diloco_takes_the_distance_for_a_gradient_with_nesterov_momentum():
+    gpus = course_lib.devices(1)
+    start = a_model()
+    local = LocalTraining(replicate(start, gpus), sgd, period=1, make_outer=diloco)
+    alone = replicate(start, gpus)[0]
+    xs, ys = (split_batch(each, gpus) for each in batch(0))
+    optimizer = sgd(alone.parameters())
+    F.cross_entropy(alone(xs[0]), ys[0]).backward()
+    optimizer.step()
+    local.step(xs, ys, F.cross_entropy)
+    for began, went, came in zip(
+        start.parameters(), alone.parameters(), local.replicas[0].parameters(), strict=True
+    ):
+        distance = began - went.cpu()
+        torch.testing.assert_close(came.cpu(), began - 0.7 * (1 + 0.9) * distance)
+
+
+def test_bad_input_is_refused_in_one_line():
+    gpus = course_lib.devices(2)
+    with pytest.raises(ValueError, match="at least one replica"):
+        LocalTraining([], sgd, period=1)
+    with pytest.raises(ValueError, match="period=0"):
+        LocalTraining(replicate(a_model(), gpus), sgd, period=0)
+    local = LocalTraining(replicate(a_model(), gpus), sgd, period=1)
+    with pytest.raises(ValueError, match="1 inputs and 2 targets for 2 replicas"):
+        local.step([torch.ones(1)], [torch.ones(1)] * 2, F.cross_entropy)
