@@ -1,0 +1,173 @@
+"""The doctor finds planted mistakes by the instrument that shows them, and passes what is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, AdamW, Optimizer
+
+import course_lib
+from course_lib import doctor
+from course_lib.models import MLP
+from course_lib.parallel.collectives import all_reduce, ring_all_reduce
+from course_lib.parallel.data_parallel import replicate, split_batch, train_step
+from course_lib.parallel.transfers import SideStreams
+
+Reduce = Callable[[list[nn.Module]], None]
+N = 3
+
+
+def a_model() -> nn.Module:
+    torch.manual_seed(0)
+    return MLP(8, 16, 4)
+
+
+def batches(count: int = 2) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(N * 8, 8, generator=generator),
+             torch.randint(0, 4, (N * 8,), generator=generator)) for _ in range(count)]  # fmt: skip
+
+
+def sgd(parameters) -> Optimizer:
+    return SGD(parameters, lr=0.1)
+
+
+def prepare_with(reduce: Reduce, make_optimizer=sgd, update: slice = slice(None)):
+    """Data parallelism with a step that each test spoils in its own way."""
+
+    def prepare(model, gpus):
+        replicas = replicate(model, gpus)
+        optimizers = [make_optimizer(replica.parameters()) for replica in replicas]
+
+        def step(x: Tensor, y: Tensor) -> None:
+            shards = zip(replicas, split_batch(x, gpus), split_batch(y, gpus), strict=True)
+            for replica, x_part, y_part in shards:
+                replica.zero_grad()
+                F.cross_entropy(replica(x_part), y_part).backward()
+            reduce(replicas)
+            for optimizer in optimizers[update]:
+                optimizer.step()
+
+        return replicas, step
+
+    return prepare
+
+
+def gradients_of(replicas: list[nn.Module]) -> list[list[Tensor]]:
+    return [
+        [p.grad for p in copies] for copies in zip(*(r.parameters() for r in replicas), strict=True)
+    ]
+
+
+def mean(replicas: list[nn.Module]) -> None:
+    for copies in gradients_of(replicas):
+        all_reduce(copies)
+        for gradient in copies:
+            gradient /= len(replicas)
+
+
+def examine(prepare, model=None, make_optimizer=sgd) -> doctor.Report:
+    gpus = course_lib.devices(N)
+    model = model or a_model()
+    return doctor.examine(model, prepare, batches(), F.cross_entropy, make_optimizer, gpus)
+
+
+def instruments(report: doctor.Report) -> list[str]:
+    return [finding.instrument for finding in report.findings]
+
+
+@pytest.mark.parametrize("make_optimizer", [sgd, AdamW])
+def test_what_is_right_is_healthy(make_optimizer):
+    report = examine(prepare_with(mean, make_optimizer), make_optimizer=make_optimizer)
+    assert report.is_healthy and report.steps == 2
+    assert str(report).startswith("2 step(s): the same training as on one device")
+
+
+def test_the_courses_own_step_is_healthy():
+    def prepare(model, gpus):
+        replicas = replicate(model, gpus)
+        optimizers = [sgd(replica.parameters()) for replica in replicas]
+
+        def step(x, y):
+            xs, ys = split_batch(x, gpus), split_batch(y, gpus)
+            train_step(replicas, optimizers, xs, ys, F.cross_entropy)
+
+        return replicas, step
+
+    assert examine(prepare).is_healthy
+
+
+def test_replicas_that_train_by_themselves_are_seen_by_three_instruments():
+    report = examine(prepare_with(lambda replicas: None))
+    assert instruments(report) == ["replica against replica", "against one device", "bytes"]
+    assert report.findings[0].step == 1
+
+
+def test_a_sum_in_place_of_a_mean_leaves_replicas_alike_and_is_seen_beside_one_device():
+    def sums(replicas):
+        for copies in gradients_of(replicas):
+            all_reduce(copies)
+
+    report = examine(prepare_with(sums))
+    assert instruments(report) == ["against one device"]
+    assert "off by 2 of the way" in report.findings[0].reading  # three times as far
+
+
+def test_a_forgotten_parameter_is_named():
+    def all_but_the_last(replicas):
+        for copies in gradients_of(replicas)[:-1]:
+            all_reduce(copies)
+            for gradient in copies:
+                gradient /= N
+
+    report = examine(prepare_with(all_but_the_last))
+    last = list(dict(a_model().named_parameters()))[-1]
+    assert report.findings[0].reading.startswith(f"{last} of rank 1 is not rank 0's")
+
+
+def test_a_rank_that_is_not_updated_is_named():
+    report = examine(prepare_with(mean, update=slice(2)))
+    first, second = report.findings
+    assert first.step == 1 and "of rank 2 is not rank 0's" in first.reading
+    # From then on its gradients are those of old parameters, and the mean has them in it.
+    assert (second.step, second.instrument) == (2, "against one device")
+
+
+def test_buffers_are_compared_as_well():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16, affine=False), nn.Linear(16, 4))
+    report = examine(prepare_with(mean), model)
+    assert any("running_mean of rank 1" in f.reading for f in report.findings)
+
+
+def test_a_missing_wait_is_named():
+    def without_join(replicas):
+        side = SideStreams([next(replica.parameters()).device for replica in replicas])
+        for copies in gradients_of(replicas):
+            with side.beside(copies):
+                ring_all_reduce(copies)
+                for gradient in copies:
+                    gradient /= N
+
+    report = examine(prepare_with(without_join))
+    assert instruments(report) == ["waits"]
+
+
+def test_nan_is_named():
+    def spoil(replicas):
+        mean(replicas)
+        next(replicas[1].parameters()).grad.fill_(float("nan"))
+
+    assert "not a number" in examine(prepare_with(spoil)).findings[0].reading
+
+
+def test_bad_input_is_refused_in_one_line():
+    gpus = course_lib.devices(N)
+    with pytest.raises(ValueError, match="there are no batches to train on"):
+        doctor.examine(a_model(), prepare_with(mean), [], F.cross_entropy, sgd, gpus)
+    with pytest.raises(ValueError, match="returns the replicas of that model, and a step"):
+        doctor.examine(a_model(), lambda m, g: ([], print), batches(), F.cross_entropy, sgd, gpus)
