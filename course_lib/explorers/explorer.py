@@ -24,6 +24,21 @@ WIDTH = "900px"
 WORKING = "Working ..."
 HOW_TO_GET_SLIDERS = "A picture of one setting. Run this cell to get the sliders."
 
+# A slider's handle has no name, and its value is a place in a list: a screen reader would say
+# "slider, 1". The browser runs this as a picture arrives, and gives the handle the words beside it.
+_NAME_HANDLES = """
+for (const slider of this.closest('.widget-vbox')?.querySelectorAll('.widget-slider') ?? []) {
+  const handle = slider.querySelector('[role=slider]');
+  const value = slider.querySelector('.widget-readout');
+  const say = () => {
+    if (handle.ariaValueText !== value.textContent) handle.ariaValueText = value.textContent;
+  };
+  if (!handle.ariaLabel) new MutationObserver(say).observe(handle, {attributes: true});
+  handle.ariaLabel = slider.querySelector('.widget-label').textContent;
+  say();
+}
+"""
+
 
 class Explorer(ipywidgets.VBox):
     """Controls above a figure, or above a line that says why there is none.
@@ -113,7 +128,7 @@ def _image(png: bytes, description: str) -> str:
     data = base64.b64encode(png).decode()
     return (
         f'<img src="data:image/png;base64,{data}" alt="{html.escape(description, quote=True)}" '
-        f'style="width: {WIDTH}; max-width: 100%">'
+        f'style="width: {WIDTH}; max-width: 100%" onload="{html.escape(_NAME_HANDLES)}">'
     )
 
 

@@ -118,8 +118,10 @@ def test_a_lesson_runs_its_slider_moves_answers_are_judged_and_all_is_there_when
     explorer.locator("img[alt*='side of the matrices: 256']").wait_for(timeout=5 * MINUTES)
     cell(page, "check-fits").get_by_text("not attempted").wait_for()
     explorer = cell(page, "explorer")
-    explorer.locator(".noUi-handle").first.press("ArrowRight")
+    side = explorer.get_by_role("slider", name="side of the matrices")
+    side.press("ArrowRight")
     explorer.locator("img[alt*='side of the matrices: 512']").wait_for()
+    assert side.get_attribute("aria-valuetext") == "512", "and not its place in a list"
 
     answer(page, "ex-fits", ANSWER.replace("free_bytes // 4", "free_bytes // 8"))
     cell(page, "check-fits").get_by_text("there is room for a larger one").wait_for()
