@@ -398,8 +398,11 @@ def test_the_accelerators_streams_are_the_courses(vgpus: Devices):
     assert torch.accelerator.current_device_index() == 1
     torch.accelerator.set_stream(default)
     assert torch.vgpu.current_stream(1) is torch.vgpu.default_stream(1) is default
+    mine = torch.Stream("vgpu:1")
+    torch.accelerator.set_stream(mine)
+    assert torch.accelerator.current_stream(1) is mine
     with pytest.raises(TypeError, match=r"course_lib\.stream"):
-        torch.accelerator.set_stream(torch.Stream("vgpu:1"))
+        torch.accelerator.set_stream("vgpu:1")
 
 
 def test_the_accelerator_says_what_it_can_do():
