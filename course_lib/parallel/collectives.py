@@ -111,6 +111,7 @@ def reduce_scatter(tensors: Iterable[Tensor]) -> list[Tensor]:
     :func:`ring_all_reduce` does.
     """
     tensors = matching(tensors)
+    _require_rows(tensors)
     require_contiguous(tensors)
     chunks = [tensor.tensor_split(len(tensors)) for tensor in tensors]
     ring = Ring([tensor.device for tensor in tensors])
@@ -139,6 +140,7 @@ def all_gather(shards: Iterable[Tensor]) -> list[Tensor]:
             or dtypes do not fit.
     """
     shards = matching(shards, first_dimension=False)
+    _require_rows(shards)
     require_contiguous(shards)
     if torch.is_grad_enabled() and any(shard.requires_grad for shard in shards):
         raise RuntimeError(
@@ -155,6 +157,14 @@ def all_gather(shards: Iterable[Tensor]) -> list[Tensor]:
     with ring.turning():
         ring.all_gather(chunks)
     return tensors
+
+
+def _require_rows(tensors: list[Tensor]) -> None:
+    if any(tensor.dim() == 0 for tensor in tensors):
+        raise ValueError(
+            "what is gathered or scattered has rows, and a single number has none: give "
+            "tensor.unsqueeze(0)"
+        )
 
 
 def matching(tensors: Iterable[Tensor], first_dimension: bool = True) -> list[Tensor]:

@@ -20,6 +20,7 @@ from course_lib.parallel.attention_ring import ring_attention
 from course_lib.parallel.counting import counts_of, part_of_mean
 from course_lib.parallel.data_parallel import replicate
 from course_lib.parallel.dropout import dropout_of_parts
+from course_lib.parallel.inputs import require_devices, require_gpt
 from course_lib.parallel.kinds import Devices, Tensors
 from course_lib.parallel.sequence_order import SequenceParts, order_of, positions, require_order
 
@@ -27,7 +28,13 @@ from course_lib.parallel.sequence_order import SequenceParts, order_of, position
 def split_sequence(
     whole: Tensor, devices: Devices, dimension: int, zigzag: bool = True
 ) -> SequenceParts:
-    """Each device's tokens, those at its :func:`positions` along ``dimension``."""
+    """Each device's tokens, those at its :func:`positions` along ``dimension``.
+
+    Raises:
+        TypeError: ``devices`` is one device and no list.
+        ValueError: there are none, or the sequence does not divide into equal chunks.
+    """
+    devices = require_devices(devices)
     length, count = whole.shape[dimension], len(devices)
     orders = [positions(length, count, rank, zigzag).to(whole.device) for rank in range(count)]
     parts = [whole.index_select(dimension, own) for own in orders]
@@ -60,10 +67,15 @@ class ContextParallelGPT(nn.Module):
 
     Args:
         gpt: it stays as it is.
+
+    Raises:
+        TypeError: it is another model, or ``devices`` is one device and no list.
+        ValueError: there are none.
     """
 
     def __init__(self, gpt: GPT, devices: Devices) -> None:
         super().__init__()
+        require_gpt(gpt)
         self.replicas = nn.ModuleList(replicate(gpt, devices))
         self.context = gpt.parts()[0].position.num_embeddings
         self.devices = list(devices)

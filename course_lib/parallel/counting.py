@@ -65,7 +65,12 @@ def counts_of(parts: Sequence[Tensor]) -> list[int]:
     """For each part of a batch what a mean loss counts in it.
 
     The host waits for parts on devices, if they are not :class:`CountedShards`.
+
+    Raises:
+        TypeError: it is a single tensor, or a part is none.
     """
+    if isinstance(parts, Tensor):  # which would be taken for its rows
+        raise TypeError("targets are a list with one tensor a device: cut them as the inputs are")
     if isinstance(parts, CountedShards):
         return parts.counts
     return [count_targets(part) for part in parts]
@@ -98,10 +103,19 @@ def part_of_mean(
     Args:
         loss_function: makes the mean loss of (outputs, targets).
         count: what the mean counts in these targets.
+
+    Raises:
+        ValueError: the loss function makes more than one number.
     """
     if count == 0:
         return outputs[:0].sum()  # zero, and not a constant: a backward pass goes through it
-    return loss_function(outputs, targets) * (count / total)
+    mean = loss_function(outputs, targets)
+    if mean.numel() != 1:
+        raise ValueError(
+            f"a loss function makes one number, the mean, and this one made {list(mean.shape)}: "
+            'give it reduction="mean"'
+        )
+    return mean * (count / total)
 
 
 def require_mean_of_parts(loss_function: Loss, outputs: Tensor, targets: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from course_lib.parallel.collectives import all_reduce
 from course_lib.parallel.counting import CountedShards, counts_of, part_of_mean, total_count
+from course_lib.parallel.inputs import require_devices
 from course_lib.parallel.kinds import Devices, Loss, Tensors
 from course_lib.parallel.sums import are_sums, mark_as_sums
 
@@ -29,9 +30,13 @@ def replicate(model: Model, devices: Devices) -> list[Model]:
     from a shard and not from the batch, so that it is another training, and its running mean
     differs from replica to replica (PyTorch has ``SyncBatchNorm``). Dropout would drop the same
     places on all: call :func:`course_lib.parallel.seeds.seed_ranks`.
+
+    Raises:
+        TypeError: ``devices`` is one device and no list.
+        ValueError: there are none.
     """
     replicas = []
-    for device in devices:
+    for device in require_devices(devices):
         replica = copy.deepcopy(model)
         replica.zero_grad()  # before it moves: gradients would move as well
         replicas.append(replica.to(device))
@@ -44,13 +49,17 @@ def split_batch(batch: Tensor, devices: Devices) -> CountedShards:
     Shards differ by at most one example; with fewer examples than devices, some are empty.
 
     Raises:
-        TypeError: the batch is no tensor.
+        TypeError: the batch is no tensor, or ``devices`` is one device and no list.
+        ValueError: there are no devices, or the batch is a single number.
     """
+    devices = require_devices(devices)
     if not isinstance(batch, Tensor):
         raise TypeError(
             f"split_batch splits one tensor, not a {type(batch).__name__}: call it for each tensor "
             "of a batch that has several"
         )
+    if batch.dim() == 0:
+        raise ValueError("a batch has examples along its first dimension: this is a single number")
     return CountedShards(torch.tensor_split(batch, len(devices)), devices)
 
 

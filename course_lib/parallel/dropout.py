@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from course_lib.parallel.inputs import require_one_each
 from course_lib.parallel.kinds import Tensors
 from course_lib.parallel.seeds import seed_device
 
@@ -23,6 +24,10 @@ def dropout_of_copies(copies: Tensors, p: float, training: bool) -> list[Tensor]
     Args:
         copies: one a device, of one shape.
         training: if not, they stay as they are.
+
+    Raises:
+        TypeError: it is a single tensor.
+        ValueError: ``p`` is no probability.
     """
     return _drop(copies, p, training, difference=0)
 
@@ -30,12 +35,13 @@ def dropout_of_copies(copies: Tensors, p: float, training: bool) -> list[Tensor]
 def dropout_of_parts(parts: Tensors, p: float, training: bool) -> list[Tensor]:
     """Drop numbers of the parts of a whole, on each device others.
 
-    Takes what :func:`dropout_of_copies` does.
+    Takes and raises what :func:`dropout_of_copies` does.
     """
     return _drop(parts, p, training, difference=1)
 
 
 def _drop(tensors: Tensors, p: float, training: bool, difference: int) -> list[Tensor]:
+    require_one_each(tensors, len(tensors), "dropout")
     if not training or p == 0:
         return list(tensors)
     seed = int(torch.randint(2**31, (), device="cpu"))

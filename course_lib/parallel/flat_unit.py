@@ -206,7 +206,9 @@ def with_next(units: list[FlatUnit]) -> Iterator[tuple[FlatUnit, FlatUnit | None
     return zip(units, [*units[1:], None], strict=True)
 
 
-def require_shardable(model: nn.Module, devices: Devices, stage: int, dtype: torch.dtype) -> None:
+def require_shardable(
+    model: nn.Module, stage: int, dtype: torch.dtype, reduce_dtype: torch.dtype
+) -> None:
     """Say in one line why ``model`` cannot train as rows of these units, if so.
 
     Raises:
@@ -219,8 +221,8 @@ def require_shardable(model: nn.Module, devices: Devices, stage: int, dtype: tor
     for is_wrong, what in (
         (not isinstance(model, nn.Sequential), f"the model is an nn.Sequential, not {type(model)}"),
         (stage not in (0, 1, 2, 3), f"stage is 0 (nothing is sharded), 1, 2 or 3, not {stage!r}"),
-        (not devices, "there is no device"),
         (dtype not in dtypes, f"dtype is one of {dtypes}, not {dtype}"),
+        (reduce_dtype not in dtypes, f"reduce_dtype is one of {dtypes}, not {reduce_dtype}"),
         (not parameters, "the model has no parameters"),
         (frozen, f"these parameters are frozen, and a row is trained as one: {frozen}"),
         (buffers, f"these buffers would differ from device to device: {buffers}"),

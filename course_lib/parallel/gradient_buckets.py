@@ -39,8 +39,8 @@ class GradientBuckets:
     """
 
     def __init__(self, replicas: Sequence[nn.Module], bucket_bytes: int) -> None:
-        if not bucket_bytes > 0:
-            raise ValueError(f"a bucket holds at least one byte: bucket_bytes={bucket_bytes}")
+        if not isinstance(bucket_bytes, int | float) or not bucket_bytes > 0:
+            raise ValueError(f"a bucket holds at least one byte: bucket_bytes={bucket_bytes!r}")
         copies = parameter_copies(replicas)
         learning = [parameters for parameters in copies if parameters[0].requires_grad]
         self._frozen = [parameters for parameters in copies if not parameters[0].requires_grad]

@@ -13,6 +13,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor, nn
 
+from course_lib.parallel.inputs import require_devices
+
 
 class LayerParallel(nn.Module):
     """A sequential model whose layers are placed on several devices.
@@ -27,6 +29,7 @@ class LayerParallel(nn.Module):
             layers 2 to 4, and the rest.
 
     Raises:
+        TypeError: the model is not sequential, or cuts or devices are no lists.
         ValueError: there is no device, the cuts do not make one non-empty stage for each device,
             or two stages share a parameter.
     """
@@ -38,8 +41,11 @@ class LayerParallel(nn.Module):
         cuts: Sequence[int],
     ) -> None:
         super().__init__()
-        if not devices:
-            raise ValueError("LayerParallel needs at least one device to place layers on")
+        self.devices = require_devices(devices)
+        if not isinstance(layers, nn.Sequential):
+            raise TypeError(f"an nn.Sequential is cut into stages, not a {type(layers).__name__}")
+        if not isinstance(cuts, list | tuple) or not all(isinstance(cut, int) for cut in cuts):
+            raise TypeError(f"cuts are a list of positions in the model, whole numbers: {cuts!r}")
         edges = [0, *cuts, len(layers)]
         if len(cuts) != len(devices) - 1 or any(b <= a for a, b in pairwise(edges)):
             raise ValueError(
@@ -50,7 +56,6 @@ class LayerParallel(nn.Module):
         plain = list(layers)
         self.stages = nn.ModuleList(nn.Sequential(*plain[a:b]) for a, b in pairwise(edges))
         _check_nothing_shared(self.stages)
-        self.devices = [torch.device(device) for device in devices]
         for stage, device in zip(self.stages, self.devices, strict=True):
             stage.to(device)
 
@@ -84,8 +89,11 @@ def balanced_cuts(costs: Sequence[float], stage_count: int) -> list[int]:
         ``stage_count - 1`` positions, as :class:`LayerParallel` takes them.
 
     Raises:
+        TypeError: ``stage_count`` is no whole number.
         ValueError: there are fewer layers than stages, or a cost is negative or not finite.
     """
+    if not isinstance(stage_count, int):
+        raise TypeError(f"a model is cut into a whole number of stages: {stage_count!r}")
     for index, cost in enumerate(costs):
         if not 0 <= cost < math.inf:
             raise ValueError(f"a layer costs a finite number, 0 or above: costs[{index}] is {cost}")

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from course_lib.models import GPT
 from course_lib.parallel.collectives import ring_all_reduce
 from course_lib.parallel.counting import counts_of
+from course_lib.parallel.inputs import require_devices, require_gpt, require_tokens
 from course_lib.parallel.kinds import Devices
 from course_lib.parallel.split_parameter import Shards
 from course_lib.parallel.sums import are_sums, mark_as_sums
@@ -43,6 +44,7 @@ class Mesh:
         order: the three axes, from the one whose index runs slowest to the fastest.
 
     Raises:
+        TypeError: an axis is no whole number.
         ValueError: another number of devices, or an order that is none.
     """
 
@@ -55,6 +57,8 @@ class Mesh:
         order: Sequence[str] = AXES,
     ) -> None:
         self.shape = {DATA: data, PIPELINE: pipeline, TENSOR: tensor}
+        if not all(isinstance(size, int) for size in self.shape.values()):
+            raise TypeError(f"the axes of a mesh have whole numbers of devices: {self.shape}")
         if sorted(order) != sorted(AXES):
             raise ValueError(f"an order of a mesh has each of {AXES} once: {tuple(order)}")
         if min(self.shape.values()) < 1 or len(devices) != data * pipeline * tensor:
@@ -63,17 +67,29 @@ class Mesh:
                 f"devices as that, and there are {len(devices)}"
             )
         self.order = tuple(order)
-        self.devices = [torch.device(device) for device in devices]
+        self.devices = require_devices(devices)
 
     def rank(self, data: int, pipeline: int, tensor: int) -> int:
-        """Which device stands at a place: its position in ``devices``."""
+        """Which device stands at a place: its position in ``devices``.
+
+        Raises:
+            ValueError: there is no such place.
+        """
         place, rank = {DATA: data, PIPELINE: pipeline, TENSOR: tensor}, 0
         for axis in self.order:
+            if place[axis] not in range(self.shape[axis]):
+                raise ValueError(f"there is no place {place} in a mesh of {self.shape}")
             rank = rank * self.shape[axis] + place[axis]
         return rank
 
     def groups(self, axis: str) -> list[list[int]]:
-        """The ranks that differ in their index along ``axis`` and in no other, group by group."""
+        """The ranks that differ in their index along ``axis`` and in no other, group by group.
+
+        Raises:
+            ValueError: there is no such axis.
+        """
+        if axis not in self.order:
+            raise ValueError(f"a mesh has the axes {AXES}, and not {axis!r}")
         others = [each for each in self.order if each != axis]
         return [
             [self.rank(**dict(zip(others, place, strict=True)), **{axis: index})
@@ -132,6 +148,7 @@ class MeshGPT(nn.Module):
 
     def __init__(self, gpt: GPT, mesh: Mesh) -> None:
         super().__init__()
+        require_gpt(gpt)
         self.mesh = mesh
         data, stages, ranks = (range(mesh.shape[axis]) for axis in AXES)
         self._groups = [
@@ -149,8 +166,16 @@ class MeshGPT(nn.Module):
             microbatches: into how many each replica cuts its part.
 
         Raises:
-            ValueError: there are fewer examples than microbatches.
+            TypeError: tokens or targets are no tensors of whole numbers.
+            ValueError: they are not of one shape, or fewer examples than microbatches.
         """
+        require_tokens(tokens_BT)
+        require_tokens(targets_BT, "targets")
+        if tokens_BT.shape != targets_BT.shape or microbatches < 1:
+            raise ValueError(
+                f"tokens {list(tokens_BT.shape)} need targets of that shape, not "
+                f"{list(targets_BT.shape)}, and at least one microbatch: {microbatches}"
+            )
         count = len(self.replicas) * microbatches
         if len(tokens_BT) < count:
             raise ValueError(f"{len(tokens_BT)} examples cannot fill {count} microbatches")

@@ -107,7 +107,16 @@ class Pipeline(LayerParallel):
 
 
 def microbatches_of(targets: Tensor, count: int, device: torch.device | str) -> CountedShards:
-    """``count`` microbatches of targets, counted and on the last device, before the first step."""
+    """``count`` microbatches of targets, counted and on the last device, before the first step.
+
+    Raises:
+        TypeError: the targets are no tensor.
+        ValueError: there are no microbatches.
+    """
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets are one tensor, and not a {type(targets).__name__}")
+    if count < 1:
+        raise ValueError(f"targets are cut into one microbatch or more: {count}")
     return CountedShards(torch.tensor_split(targets, count), [torch.device(device)] * count)
 
 

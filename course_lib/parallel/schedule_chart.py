@@ -28,7 +28,12 @@ def step_times(
 
     Returns:
         For each step ``(begin, end)``, in the same unit, from 0 on.
+
+    Raises:
+        ValueError: a time is negative.
     """
+    if min(forward, input_gradient, weight_gradient, transfer) < 0:
+        raise ValueError("a step takes no less than no time: one of these is negative")
     durations = {"F": forward, "B": input_gradient, "W": weight_gradient}
     if not schedule.splits_backward:
         durations["B"] += weight_gradient

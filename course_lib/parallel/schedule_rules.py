@@ -94,11 +94,14 @@ def check(schedule: Schedule, most_held: int | None = None) -> None:
         most_held: how many activations fit on a device; not checked if not given.
 
     Raises:
+        TypeError: it is no :class:`Schedule`.
         ValueError: a stage is on a device that has no list of steps; a device has a step of
             another device's stage, or one that no stage has; a step is missing or is there twice;
             a device has a step before one that it needs; the devices wait for each other for ever;
             or one of them holds too many activations.
     """
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"this takes a Schedule, such as gpipe(2, 4), not {schedule!r:.60}")
     stages, microbatches = range(len(schedule.placement)), range(schedule.microbatches)
     for stage, device in enumerate(schedule.placement):
         if device not in range(len(schedule.steps)):

@@ -29,6 +29,7 @@ from course_lib.parallel.flat_unit import (
     with_next,
 )
 from course_lib.parallel.gradient_norm import clip_together
+from course_lib.parallel.inputs import require_devices
 from course_lib.parallel.kinds import Devices, Loss, Tensors
 from course_lib.parallel.sharded_state import gather_state, scatter_state
 from course_lib.parallel.unit_exchange import UnitExchange
@@ -80,11 +81,11 @@ class Sharded:
         prefetch: bool = True,
         reduce_dtype: torch.dtype | None = None,
     ) -> None:
-        devices = [torch.device(device) for device in devices]
-        require_shardable(model, devices, stage, dtype)
+        devices, reduce_dtype = require_devices(devices), reduce_dtype or dtype
+        require_shardable(model, stage, dtype, reduce_dtype)
         self.devices, self.stage, self.dtype = devices, stage, dtype
         self.master_dtype = torch.promote_types(dtype, torch.float32)
-        self._exchange = UnitExchange(devices, stage, dtype, reduce_dtype or dtype, prefetch)
+        self._exchange = UnitExchange(devices, stage, dtype, reduce_dtype, prefetch)
         self._accumulates = False
         self.units: list[FlatUnit] = []
         self._empty_model = copy.deepcopy(model).to("meta")  # what to compute, without numbers

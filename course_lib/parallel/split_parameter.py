@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from course_lib.parallel.collectives import ring_all_reduce
+from course_lib.parallel.inputs import require_devices
 from course_lib.parallel.kinds import Devices, Tensors
 from course_lib.parallel.sums import are_sums, mark_as_sums
 
@@ -26,6 +27,7 @@ class Shards(nn.ParameterList):
         partial_gradients: whether each copy gets only a part of the parameter's gradient.
 
     Raises:
+        TypeError: ``devices`` is one device and no list.
         ValueError: there are no devices, or more of them than rows.
     """
 
@@ -37,8 +39,7 @@ class Shards(nn.ParameterList):
         groups: int = 1,
         partial_gradients: bool = False,
     ) -> None:
-        if not devices:
-            raise ValueError("tensor parallelism needs at least one device")
+        devices = require_devices(devices)
         self.dimension, self.groups = dimension, groups
         self.partial_gradients = partial_gradients
         parts = [whole] * len(devices)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from course_lib.models import GPT, Attention, Block
 from course_lib.parallel.dropout import dropout_of_copies, dropout_of_parts
+from course_lib.parallel.inputs import require_gpt, require_one_each, require_tokens
 from course_lib.parallel.kinds import Devices, Tensors
 from course_lib.parallel.regions import enter, leave
 from course_lib.parallel.split_parameter import Shards
@@ -45,6 +46,10 @@ class ColumnLinear(nn.Module):
         self.bias = None if linear.bias is None else Shards(linear.bias, devices, 0, groups)
 
     def forward(self, xs_TBD: Tensors) -> list[Tensor]:
+        """From all inputs, [T, B, D], or with sequence parallelism those of some tokens,
+        [T/N, B, D], to some of the outputs, [T, B, O/N] on each device.
+        """
+        require_one_each(xs_TBD, len(self.weight), "this layer")
         xs_TBD = enter(xs_TBD, self.sequence_parallel)
         biases = self.bias or [None] * len(xs_TBD)
         return [F.linear(*each) for each in zip(xs_TBD, self.weight, biases, strict=True)]
@@ -68,6 +73,7 @@ class RowLinear(nn.Module):
 
         With sequence parallelism each device gets its part of the tokens, [T/N, B, D].
         """
+        require_one_each(xs, len(self.weight), "this layer")
         terms_TBD = [F.linear(x, weight) for x, weight in zip(xs, self.weight, strict=True)]
         sums_TBD = leave(terms_TBD, self.sequence_parallel)
         # Added to the sum: a bias in each device's term would count N times.
@@ -86,6 +92,8 @@ class ParallelMLP(nn.Module):
     ) -> None:
         super().__init__()
         layers: list[Any] = list(mlp)
+        if len(layers) != 3:
+            raise ValueError(f"an MLP here has three layers, linear, activation, linear: {layers}")
         up, self.activation, down = layers
         self.up = ColumnLinear(up, devices, sequence_parallel)
         self.down = RowLinear(down, devices, sequence_parallel)
@@ -133,6 +141,8 @@ class CopiedNorm(nn.Module):
         self, norm: nn.LayerNorm, devices: Devices, sequence_parallel: bool = False
     ) -> None:
         super().__init__()
+        if norm.weight is None or norm.bias is None:
+            raise ValueError("a layer norm here has a weight and a bias to copy: make it with both")
         self.eps = norm.eps
         self.weight = Shards(norm.weight, devices, partial_gradients=sequence_parallel)
         self.bias = Shards(norm.bias, devices, partial_gradients=sequence_parallel)
@@ -182,12 +192,14 @@ class ParallelGPT(nn.Module):
         sequence_parallel: whether to divide by sequence what is replicated otherwise.
 
     Raises:
+        TypeError: the model is another than a GPT, or ``devices`` is one device and no list.
         ValueError: the heads do not divide over the devices, or there are more devices than tokens
-            in the vocabulary.
+            in the vocabulary, or none.
     """
 
     def __init__(self, gpt: GPT, devices: Devices, sequence_parallel: bool = False) -> None:
         super().__init__()
+        require_gpt(gpt)
         embedding, blocks, head = gpt.parts()
         self.sequence_parallel = sequence_parallel
         self.token = VocabularyEmbedding(embedding.token, devices, sequence_parallel)
@@ -201,6 +213,7 @@ class ParallelGPT(nn.Module):
             self.head.weight = self.token.weight
 
     def forward(self, tokens_BT: Tensor) -> list[Tensor]:
+        require_tokens(tokens_BT)
         T, context = tokens_BT.shape[1], len(self.position[0])
         if context < T:
             raise ValueError(f"{T} tokens are more than this GPT can read, {context}")

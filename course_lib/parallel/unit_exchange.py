@@ -119,6 +119,14 @@ class UnitExchange:
 
 
 def bytes_a_parameter(stage: int, device_count: int) -> float:
-    """Bytes of parameters, gradients and optimizer state on each device, in mixed precision."""
+    """Bytes of parameters, gradients and optimizer state on each device, in mixed precision.
+
+    Raises:
+        ValueError: there is no such stage, or no device.
+    """
+    if stage not in range(4) or device_count < 1:
+        raise ValueError(
+            f"stages are 0 to 3, of one device or more: stage {stage} of {device_count} devices"
+        )
     n = device_count
     return (16.0, 4 + 12 / n, 2 + 14 / n, 16 / n)[stage]

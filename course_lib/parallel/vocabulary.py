@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from course_lib.parallel.collectives import all_gather
 from course_lib.parallel.counting import IGNORED
+from course_lib.parallel.inputs import require_one_each, require_tokens
 from course_lib.parallel.kinds import Devices, Tensors
 from course_lib.parallel.regions import leave, reduce_from_ranks
 from course_lib.parallel.split_parameter import Shards
@@ -47,7 +48,18 @@ def vocabulary_cross_entropy(scores: Tensors, targets_BT: Tensor) -> list[Tensor
 
     Returns:
         The same loss on every device; zero if no target counts.
+
+    Raises:
+        TypeError: scores are no list, or targets no tensor of whole numbers.
+        ValueError: there are no scores, or targets of another shape.
     """
+    require_one_each(scores, max(len(scores), 1), "the loss")
+    require_tokens(targets_BT, "targets")
+    if scores[0].shape[:-1] != targets_BT.shape:
+        raise ValueError(
+            f"scores of {list(scores[0].shape[:-1])} tokens need targets of that shape, and not "
+            f"{list(targets_BT.shape)}"
+        )
     on_each = [targets_BT.to(part.device) for part in scores]
     ignored = [here_BT == IGNORED for here_BT in on_each]
     # Looked up as token 0, which every vocabulary has, and then left out.

@@ -1,0 +1,65 @@
+"""What the methods ask of what they are given, so that a mistake is one clear line.
+
+What is wrong is said before any work is done. PyTorch's own words are kept where they are clear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from course_lib.models import GPT
+from course_lib.parallel.kinds import Tensors
+
+
+def require_devices(devices: Sequence[torch.device | str]) -> list[torch.device]:
+    """The devices, which may be given by name, as a list.
+
+    Raises:
+        TypeError: it is one device and no list.
+        ValueError: there are none.
+    """
+    if isinstance(devices, torch.device | str):
+        raise TypeError(f"this takes a list of devices, and {devices} is one: give [{devices!r}]")
+    if not devices:
+        raise ValueError("this needs at least one device, and there is no device in the list")
+    return [torch.device(device) for device in devices]
+
+
+def require_one_each(tensors: Tensors, count: int, what: str = "this") -> None:
+    """Refuse what is not one tensor for each of ``count`` devices.
+
+    Raises:
+        TypeError: it is a single tensor, which would be taken for its rows.
+        ValueError: there are more of them, or fewer.
+    """
+    if isinstance(tensors, Tensor):
+        raise TypeError(f"{what} takes a list with one tensor a device, not a single tensor")
+    if len(tensors) != count:
+        raise ValueError(f"{what} is on {count} devices, and was given {len(tensors)} tensors")
+
+
+def require_gpt(model: nn.Module) -> None:
+    """Refuse another model than the course's GPT, whose layers are taken apart by name.
+
+    Raises:
+        TypeError: it is another.
+    """
+    if not isinstance(model, GPT):
+        raise TypeError(f"this splits course_lib.models.GPT, and not a {type(model).__name__}")
+
+
+def require_tokens(tokens_BT: Tensor, what: str = "tokens") -> None:
+    """Refuse what is not one tensor of whole numbers, [B, T].
+
+    Raises:
+        TypeError: it is no tensor, or one of other numbers.
+        ValueError: it has other dimensions.
+    """
+    if not isinstance(tokens_BT, Tensor) or tokens_BT.dtype not in (torch.int64, torch.int32):
+        found = tokens_BT.dtype if isinstance(tokens_BT, Tensor) else type(tokens_BT).__name__
+        raise TypeError(f"{what} are one tensor of whole numbers (torch.int64), not {found}")
+    if tokens_BT.dim() != 2:
+        raise ValueError(f"{what} have the shape [B, T], and not {list(tokens_BT.shape)}")
