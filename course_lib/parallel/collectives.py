@@ -183,8 +183,9 @@ def matching(tensors: Iterable[Tensor], first_dimension: bool = True) -> list[Te
             raise TypeError(f"a collective takes tensors, and one of these is {tensor!r:.60}")
     if len({id(tensor) for tensor in tensors}) < len(tensors):
         raise ValueError("a collective needs different tensors, and one of these is there twice")
+    first = 0 if first_dimension else 1  # that must agree
     for what, values in (
-        ("shape", [tuple(tensor.shape)[not first_dimension :] for tensor in tensors]),
+        ("shape", [tuple(tensor.shape[first:]) for tensor in tensors]),
         ("dtype", [tensor.dtype for tensor in tensors]),
     ):
         if len(set(values)) > 1:
