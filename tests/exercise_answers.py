@@ -54,18 +54,21 @@ class Answers:
     """One exercise's check, and the answers that its tests feed in.
 
     Use the methods as decorators: ``@SUM.wrong("in place")`` on a function says that the check
-    refuses it, with these words in its message; ``@SUM.right`` says that it accepts it.
+    refuses it, with these words in its message, and without those in ``unsaid``; ``@SUM.right``
+    says that it accepts it.
     """
 
     lesson: str
     name: str
     check: Callable[[Answer], Verdict]
-    wrong_answers: list[tuple[Answer, tuple[str, ...]]] = field(default_factory=list, repr=False)
+    wrong_answers: list[tuple[Answer, tuple[str, ...], str]] = field(
+        default_factory=list, repr=False
+    )
     right_answers: list[Answer] = field(default_factory=list, repr=False)
 
-    def wrong(self, *words: str) -> Callable[[Answer], Answer]:
+    def wrong(self, *words: str, unsaid: str = "") -> Callable[[Answer], Answer]:
         def keep(answer: Answer) -> Answer:
-            self.wrong_answers.append((answer, words))
+            self.wrong_answers.append((answer, words, unsaid))
             return answer
 
         return keep
@@ -118,11 +121,11 @@ def each_exercise(exercises: Iterable[Answers]) -> pytest.MarkDecorator:
 def each_wrong_answer(exercises: Iterable[Answers]) -> pytest.MarkDecorator:
     """Run a test once for each wrong answer to each exercise."""
     return pytest.mark.parametrize(
-        ("exercise", "answer", "words"),
+        ("exercise", "answer", "words", "unsaid"),
         [
-            pytest.param(exercise, answer, words, id=_promise(exercise, answer))
+            pytest.param(exercise, answer, words, unsaid, id=_promise(exercise, answer))
             for exercise in exercises
-            for answer, words in exercise.wrong_answers
+            for answer, words, unsaid in exercise.wrong_answers
         ],
     )
 

@@ -91,11 +91,12 @@ def test_accepts(exercise, answer):
 
 
 @each_wrong_answer(EXERCISES)
-def test_refuses(exercise, answer, words):
+def test_refuses(exercise, answer, words, unsaid):
     verdict = exercise.judge(answer)
     assert verdict.status == "wrong", verdict
     for word in words:
         assert word in verdict.message
+    assert not unsaid or unsaid not in verdict.message, "a mistake that was not made"
 
 
 def unwritten() -> list[list[str]]:

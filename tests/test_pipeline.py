@@ -480,12 +480,19 @@ def test_the_drawing_has_a_row_a_device_and_a_box_with_its_number_for_each_step(
     assert drawn == sorted((schedule.placement[s.stage], *times[s]) for s in times)
     numbers = sorted(int(text.get_text()) for text in ax.texts)
     assert numbers == sorted(step.microbatch for step in times)
-    assert [label.get_text() for label in ax.get_yticklabels()][-1] == "device 3"
+    assert [label.get_text() for label in ax.get_yticklabels()][-1] == "GPU 3"
     assert f"{schedule.name}: bubble {bubble(schedule):.1%}" == ax.get_title(loc="left")
     words = [text.get_text() for text in ax.get_legend().get_texts()]
     split = ["forward", "input gradient", "weight gradient"]
     assert words == (split if schedule.splits_backward else ["forward", "backward"])
     plt.close(ax.figure)
+
+
+def test_a_drawing_numbers_all_boxes_of_a_kind_or_none():
+    crowded = draw(one_f_one_b(8, 32))  # a backward is twice as long as a forward
+    numbers = sorted(int(text.get_text()) for text in crowded.texts)
+    assert numbers == sorted(list(range(32)) * 8), "each backward's, and no forward's"
+    plt.close(crowded.figure)
 
 
 # Mistakes.

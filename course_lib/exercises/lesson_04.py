@@ -84,16 +84,37 @@ def _require_cut(stages: list[_Watched]) -> None:
             raise Wrong(f"stages[{index}] was never run.")
         if not stage.returned[-1].requires_grad:
             raise Wrong(f"stages[{index}] ran under no_grad: it cannot go backward.")
-        if index and any(x.grad_fn is not None for x in stage.given):
+        if index and any(_leads_to_parameters(x, stages) for x in stage.given):
             raise Wrong(
                 f"what stages[{index}] received still has a graph behind it: detach it, so that "
                 "its backward stops there."
+            )
+        if index and any(x.grad_fn is not None for x in stage.given):
+            raise Wrong(
+                f"what stages[{index}] received is detached, and has the graph of its copy: "
+                "requires_grad_() comes after .to(...). Autograd would carry the gradient back "
+                "for you, and here you carry it yourself."
             )
         if index and not all(x.requires_grad for x in stage.given):
             raise Wrong(
                 f"what stages[{index}] received asks for no gradient: without requires_grad_() "
                 "nothing comes back over its boundary."
             )
+
+
+def _leads_to_parameters(x: Tensor, stages: list[_Watched]) -> bool:
+    """Whether a backward pass from ``x`` would reach a parameter of a stage."""
+    parameters = {id(parameter) for stage in stages for parameter in stage.parameters()}
+    nodes, seen = [x.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if id(getattr(node, "variable", None)) in parameters:
+            return True
+        seen.add(node)
+        nodes += [before for before, _ in node.next_functions]
+    return False
 
 
 def _boundary_bytes(stages: list[_Watched]) -> int:
@@ -148,12 +169,17 @@ def check_balance(balance: Callable[[list[float], int], list[int]]) -> Verdict:
 
 
 def _why_unbalanced(stages: list[list[float]]) -> str:
-    """Which way of cutting the stages look like, if it is a known one."""
+    """Which way of cutting made the stages, if it is a known one."""
     lengths, costs = [len(stage) for stage in stages], [sum(stage) for stage in stages]
-    if max(lengths) - min(lengths) <= 1:
+    # In a short row every way of cutting makes nearly equal lengths.
+    if max(lengths) - min(lengths) <= 1 and min(lengths) > 1:
         return "Equally many layers are not equally costly layers."
-    if costs[-1] == max(costs):
-        return "The last stage costs most, as when each is filled before the next one begins."
+    average = sum(costs) / len(costs)
+    were_filled = all(
+        cost <= average < cost + after[0] for cost, after in zip(costs, stages[1:], strict=False)
+    )
+    if were_filled and costs[-1] == max(costs):
+        return "The last stage costs most: each was filled before the next one began."
     return ""
 
 
@@ -189,7 +215,7 @@ def check_halves(forward_overlapped: Callable) -> Verdict:
         facts = [("time, beside the plain forward pass", f"{ratio:.0%}", "at most 85%")]
         over_host = sum(nbytes for route, nbytes in t.bytes_moved.items() if "host" in route)
         if over_host >= expected.nbytes:
-            raise Wrong("activations went over the host, which waits for each of them.", facts)
+            raise Wrong("activations or outputs went over the host, which waits for them.", facts)
         if ratio > 0.85 and _seconds_together(t) < 0.01 * t.seconds:
             raise Wrong(
                 "the output is right, but the GPUs still work one after the other. "

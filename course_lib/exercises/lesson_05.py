@@ -29,7 +29,7 @@ def check_write(my_schedule: Callable[[], list[list[str]]]) -> Verdict:
     try:
         check_schedule(schedule)
     except ValueError as error:
-        raise Wrong(f"this cannot run: {error}.") from None
+        raise Wrong(f"this cannot run: {_with_gpus(error)}.") from None
     most = max(held(schedule))
     taken, allowed = _length(schedule), _length(gpipe(GPUS, MICROBATCHES))
     facts = [
@@ -68,6 +68,11 @@ def _from_words(lists: list[list[str]] | list[str]) -> Schedule:
     return Schedule("yours", MICROBATCHES, list(range(GPUS)), steps)
 
 
+def _with_gpus(error: ValueError) -> str:
+    """What the library says of a schedule, in the lesson's word for a device."""
+    return str(error).replace("device", "GPU")
+
+
 def _length(schedule: Schedule) -> float:
     return max(end for _, end in step_times(schedule).values())
 
@@ -80,8 +85,11 @@ def show(my_schedule: Callable[[], list[list[str]]]) -> None:
     except NotImplementedError:
         print("nothing to show yet: write your schedule above, and run this cell again.")
         return
-    except (Wrong, ValueError) as error:
-        print(f"this cannot be drawn: {error}")
+    except Wrong as wrong:
+        print(f"this cannot be drawn: {wrong}")
+        return
+    except ValueError as error:
+        print(f"this cannot be drawn: {_with_gpus(error)}")
         return
     _, (paper, run) = plt.subplots(2, figsize=(9, 5.6), layout="constrained")
     draw(schedule, paper)

@@ -23,13 +23,14 @@ def explore_schedules() -> Explorer:
 
     def draw(name: str, count: int, microbatches: int, transfer: float) -> Figure:
         schedule = makers[name](count, microbatches)
-        part = 0.5 if "interleaved" in name else 1.0  # of a stage that is half as long
+        is_halved = name == "interleaved"  # each stage is half as long, and holds half as much
+        part, held_of = (0.5, " of half a stage") if is_halved else (1.0, "")
         figure, ax = style.figure(height=1.5 + 0.42 * count)
         draw_schedule(
             schedule, ax, forward=part, input_gradient=part, weight_gradient=part, transfer=transfer
         )
         most_held = max(held(schedule))
-        ax.set_xlabel(f"time; a device holds at most {most_held} activations")
+        ax.set_xlabel(f"time, in forwards; activations on a GPU: at most {most_held}{held_of}")
         return figure
 
     return Explorer(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from course_lib.parallel.schedule_rules import Schedule, Step, in_order
 
@@ -57,9 +57,10 @@ def bubble(schedule: Schedule, **durations: float) -> float:
 
 
 def draw(schedule: Schedule, ax: Axes | None = None, **durations: float) -> Axes:
-    """Draw a schedule: a row a device, a box a step, and in it the number of the microbatch.
+    """Draw a schedule: a row a GPU, a box a step, and in it the number of the microbatch.
 
-    Takes what :func:`step_times` does. The further down the model a device's stage is, the paler.
+    Takes what :func:`step_times` does. The further down the model a GPU's stage is, the paler. A
+    kind of step whose boxes are too narrow for the longest number has none.
     """
     from matplotlib.patches import Patch  # here, so that running a schedule loads no matplotlib
 
@@ -67,28 +68,30 @@ def draw(schedule: Schedule, ax: Axes | None = None, **durations: float) -> Axes
 
     looks = {
         "F": ("forward", style.BLUE, "white"),
-        "B": ("backward", style.GREEN, "white"),
+        "B": ("backward", style.GREEN, style.INK),
         "W": ("weight gradient", style.ORANGE, style.INK),
     }
     times = step_times(schedule, **durations)
     rows, whole = len(schedule.steps), max(end for _, end in times.values())
     ax = ax or style.figure(height=1.6 + 0.4 * rows)[1]
+    digits = len(str(schedule.microbatches - 1))
     for step, (begin, end) in times.items():
         device = schedule.placement[step.stage]
         earlier_stages = schedule.placement[: step.stage].count(device)
         _, colour, ink = looks[step.kind]
-        look: dict[str, Any] = {
-            "facecolor": (colour, 1 / (1 + earlier_stages)),
-            "edgecolor": "white",
-        }
-        look["linewidth"] = 1 if end - begin > 0.01 * whole else 0.4  # a frame hides a narrow box
-        ax.broken_barh([(begin, end - begin)], (device - 0.4, 0.8), **look)
-        ink = style.INK if earlier_stages else ink
-        if end - begin < 0.008 * whole * len(str(step.microbatch)):
-            continue  # too narrow for its number
-        middle = (begin + end) / 2, device
-        ax.annotate(str(step.microbatch), middle, ha="center", va="center", color=ink, fontsize=8)
-    ax.set_yticks(range(rows), [f"device {device}" for device in range(rows)])
+        width = (end - begin) / whole
+        ax.broken_barh(
+            [(begin, end - begin)],
+            (device - 0.4, 0.8),
+            facecolor=(colour, 1 / (1 + earlier_stages)),
+            edgecolor="white",
+            linewidth=_frame(width),
+        )
+        if width > 0.0085 * digits:
+            middle, ink = (begin + end) / 2, style.INK if earlier_stages else ink
+            number = str(step.microbatch)
+            ax.annotate(number, (middle, device), ha="center", va="center", color=ink, fontsize=8)
+    ax.set_yticks(range(rows), [f"GPU {device}" for device in range(rows)])
     ax.set_ylim(rows - 0.4, -0.6)
     ax.set_xlim(0, whole)
     ax.set_xlabel("time")
@@ -99,3 +102,10 @@ def draw(schedule: Schedule, ax: Axes | None = None, **durations: float) -> Axes
     handles = [Patch(label=name, color=looks[kind][1]) for kind, name in names.items()]
     ax.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)
     return ax
+
+
+def _frame(width: float) -> float:
+    """The line around a box that takes ``width`` of the whole; a frame would hide a narrow box."""
+    if width > 0.01:
+        return 1.0
+    return 0.4 if width > 0.004 else 0.0

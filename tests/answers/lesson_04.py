@@ -60,6 +60,28 @@ def detaching_and_no_more(stages, gpus, x, y, loss_function):
     loss_function(stages[2](h1.detach().to(gpus[2])), y).backward()
 
 
+@BACKWARD.wrong("stages[1] received is detached", "requires_grad_() comes after .to")
+def asking_before_the_copy(stages, gpus, x, y, loss_function):
+    h0 = stages[0](x)
+    r1 = h0.detach().requires_grad_()
+    h1 = stages[1](r1.to(gpus[1]))
+    r2 = h1.detach().requires_grad_()
+    loss_function(stages[2](r2.to(gpus[2])), y).backward()
+    h1.backward(r2.grad)
+    h0.backward(r1.grad)
+
+
+@BACKWARD.wrong("stopped with AttributeError", "h0.backward(r1.grad.to(gpus[0]))")
+def handing_a_gradient_on_before_it_is_there(stages, gpus, x, y, loss_function):
+    h0 = stages[0](x)
+    r1 = h0.detach().to(gpus[1]).requires_grad_()
+    h1 = stages[1](r1)
+    r2 = h1.detach().to(gpus[2]).requires_grad_()
+    loss_function(stages[2](r2), y).backward()
+    h0.backward(r1.grad.to(gpus[0]))
+    h1.backward(r2.grad.to(gpus[1]))
+
+
 @BACKWARD.wrong("stages[0] has no gradients")
 def stopping_before_the_first_stage(stages, gpus, x, y, loss_function):
     h0 = stages[0](x)
@@ -178,7 +200,7 @@ def equally_many_layers(costs, count):
     return [len(costs) * i // count for i in range(1, count)]
 
 
-@BALANCE.wrong("The last stage costs most", "filled before the next one begins")
+@BALANCE.wrong("The last stage costs most", "filled before the next one began")
 def greedy_up_to_the_average(costs, count):
     cuts, filled = [], 0
     for i, cost in enumerate(costs):
@@ -404,11 +426,21 @@ def _cuts_by(key, costs, count):
     return list(min(combinations(range(1, len(costs)), count - 1), key=spread))
 
 
-@BALANCE.wrong("cheaper costliest stage")
+@BALANCE.wrong("cheaper costliest stage", unsaid="The last stage costs most")
+def comparing_the_lists_and_not_their_sums(costs, count):
+    ways = combinations(range(1, len(costs)), count - 1)
+
+    def largest(cuts):
+        return max(costs[a:b] for a, b in pairwise([0, *cuts, len(costs)]))
+
+    return list(min(ways, key=largest))
+
+
+@BALANCE.wrong("cheaper costliest stage", unsaid="Equally many")
 def the_least_difference(costs, count):
     return _cuts_by(lambda sums: max(sums) - min(sums), costs, count)
 
 
-@BALANCE.wrong("cheaper costliest stage")
+@BALANCE.wrong("cheaper costliest stage", unsaid="Equally many")
 def the_least_sum_of_squares(costs, count):
     return _cuts_by(lambda sums: sum(s * s for s in sums), costs, count)

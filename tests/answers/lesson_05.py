@@ -86,7 +86,7 @@ def a_step_twice():
     return [FIRST, [*SECOND, "F1"]]
 
 
-@WRITE.wrong("cannot run", "deadlock", "waits for")
+@WRITE.wrong("cannot run", "deadlock: on GPU 0", "waits for", unsaid="device")
 def the_lists_the_other_way_round():
     return [SECOND, FIRST]
 
