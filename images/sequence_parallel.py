@@ -21,7 +21,7 @@ ARROWS = "the arrows are", "the forward pass;", "backward goes", "against them"
 
 def draw() -> str:
     picture = Picture(
-        752,
+        730,
         "Sequence-parallel regions: a transformer block on two GPUs",
         "One transformer block from left to right: norm, attention, add and norm, MLP, add. Above, "
         "tensor parallelism of lesson 06. In norm and add both GPUs have a copy of the activation, "
@@ -45,9 +45,8 @@ def draw() -> str:
     for i, words in enumerate(ARROWS):
         picture.text(34, TOP + GPU_HEIGHT + GAP / 2 + 18 * (i - 1.5), words, 13, "start")
     bottom = TOP + 2 * GPU_HEIGHT + GAP
-    words = "T: tokens, D: width of the model. An all-reduce is a reduce-scatter and an all-gather:"
+    words = "T: tokens, D: width of the model. An all-reduce is a reduce-scatter and an all-gather."
     picture.text(450, bottom + 24, words, 15)
-    picture.text(450, bottom + 46, "the same bytes travel, and norm and add keep half as much.", 15)
     return picture.svg()
 
 

@@ -51,6 +51,7 @@ def _judge_merge(state: Any, expected: _State, where: str, blocks: list[_State])
     for name, ours, theirs in zip(("out", "top", "total"), state, expected, strict=True):
         if ours.shape != theirs.shape:
             raise Wrong(f"`{name}` has shape {tuple(ours.shape)}, not {tuple(theirs.shape)}.")
+        _require_dtype(f"`{name}`", ours, theirs)
     if not all(torch.isfinite(each).all() for each in state):
         raise Wrong(f"{where}there are infinities or NaNs: some exponential is too large.")
     out, top, total = state
@@ -61,6 +62,11 @@ def _judge_merge(state: Any, expected: _State, where: str, blocks: list[_State])
         raise Wrong(f"{where}the output is wrong. {_merge_mistake(out, expected, blocks)}".strip())
     if not torch.allclose(total, expected_total):
         raise Wrong(f"{where}`total` is not the sum of exp(score - top), with the new top.")
+
+
+def _require_dtype(what: str, ours: Tensor, theirs: Tensor) -> None:
+    if ours.dtype != theirs.dtype:
+        raise Wrong(f"{what} is {ours.dtype}, and what you were given is {theirs.dtype}.")
 
 
 def _block(scores: Tensor, values: Tensor) -> _State:
@@ -80,6 +86,12 @@ def _merge_mistake(out: Tensor, expected: _State, blocks: list[_State]) -> str:
         ),
         "It is not divided by the common sum.": merged * total,
         "The tops are in the weights, and the sums are not.": (a * u + b * v) / (u + v),
+        "Each output was divided by its own sum: it counts with its top and its sum.": (
+            a * u + b * v
+        ),
+        "The difference of the tops has the wrong sign: exp(its top - the new one).": (
+            (a * m / u + b * n / v) / (m / u + n / v)
+        ),
     }
     return next((words for words, value in causes.items() if torch.allclose(out, value)), "")
 
@@ -180,6 +192,7 @@ def check_back(block_backward: Callable[..., Sequence[Tensor]]) -> Verdict:
         for name, each, rows in zip("qkv", ours, (n, m, m), strict=True):
             if tuple(each.shape) != (rows, d):
                 raise Wrong(f"the gradient of {name} has shape {tuple(each.shape)}, not {rows, d}.")
+            _require_dtype(f"the gradient of {name}", each, q)
         require_finite(ours, "the gradients")
         unchanged.require()
         q_grad, k_grad, v_grad = ours
@@ -212,20 +225,31 @@ def _back_mistake(
     scores = q @ k.T * scale
     weights, alone = (scores - log_sum).exp(), scores.softmax(-1)
     unscaled = (scores / scale - log_sum).exp()
+    by_division = scores.exp() / log_sum
     of_block = "The weights are a softmax over this block alone: use log_sum, which is over all."
     lacking_scale = "The scores lack the factor 1/√d."
+    a_logarithm = "log_sum is the logarithm of the sum: the weights are exp(S - log_sum)."
     if name == "v":
         return known_mistake(
             lambda wrong: torch.allclose(ours, wrong),
-            {of_block: alone.T @ grad, lacking_scale: unscaled.T @ grad},
+            {
+                of_block: alone.T @ grad,
+                lacking_scale: unscaled.T @ grad,
+                a_logarithm: by_division.T @ grad,
+            },
         )
     inner = grad @ v.T
+    own_dot = (grad * (weights @ v)).sum(-1, keepdim=True)
     return known_mistake(
         lambda wrong: torch.allclose(ours, wrong),
         {
             "It lacks the factor 1/√d.": (weights * (inner - dot)).T @ q,
             "`dot` is not subtracted.": (weights * inner).T @ q * scale,
             of_block: (alone * (inner - dot)).T @ q * scale,
+            "D is that of this block's output: use `dot`, which is over all.": (
+                (weights * (inner - own_dot)).T @ q * scale
+            ),
+            "It has the factor 1/√d twice.": (weights * (inner - dot)).T @ q * scale**2,
         },
     )
 
@@ -268,6 +292,8 @@ def _judge_losses(
     whole = scores.clone().requires_grad_()
     expected = F.cross_entropy(whole.flatten(0, 1), targets.flatten())
     expected.backward()
+    for loss in losses:
+        _require_dtype("a loss", loss, scores)
     total = sum((loss.detach().cpu().sum() for loss in losses), start=torch.zeros(()))
     if not torch.allclose(total, expected.detach(), atol=1e-5):
         raise Wrong(f"{where}{_loss_mistake(total, expected.detach(), scores, targets)}")
@@ -296,6 +322,7 @@ def _loss_mistake(total: Tensor, expected: Tensor, scores: Tensor, targets: Tens
         "the losses add up to the sum over all targets: divide by how many count.": sums.sum(),
         "you divide by all targets: those with -100 must not count.": sums.sum() / targets.numel(),
         "every GPU has the whole mean: they add up to a multiple of it.": expected * len(pairs),
+        "you divided by the number of GPUs, too: the losses are added up.": expected / len(pairs),
     }
     for words, value in causes.items():
         if torch.allclose(total, value, atol=1e-5):

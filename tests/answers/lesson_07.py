@@ -122,6 +122,25 @@ def a_total_of_the_sums_as_they_are(out, top, total, other_out, other_top, other
     return merged, new_top, total + other_total
 
 
+@MERGE.wrong("the output is wrong", "divided by its own sum")
+def weighted_by_the_tops_alone(out, top, total, other_out, other_top, other_total):
+    new_top = torch.maximum(top, other_top)
+    mine, others = (top - new_top).exp(), (other_top - new_top).exp()
+    return out * mine + other_out * others, new_top, total * mine + other_total * others
+
+
+@MERGE.wrong("the output is wrong", "wrong sign")
+def the_tops_the_other_way_round(out, top, total, other_out, other_top, other_total):
+    new_top = torch.maximum(top, other_top)
+    mine, others = total * (new_top - top).exp(), other_total * (new_top - other_top).exp()
+    return (out * mine + other_out * others) / (mine + others), new_top, mine + others
+
+
+@MERGE.wrong("`out` is torch.float32", "given is torch.float64", unsaid="could not be looked at")
+def in_float32(*blocks):
+    return [each.float() for each in with_logarithms(*blocks)]
+
+
 @MERGE.wrong("return three tensors")
 def two_values_only(*blocks):
     return with_logarithms(*blocks)[:2]
@@ -261,6 +280,30 @@ def scores_without_the_scale(q, k, v, log_sum, grad, dot):
     return with_weights((q @ k.T - log_sum).exp(), q, k, v, grad, dot)
 
 
+@BACK.wrong("gradient of v", "log_sum is the logarithm of the sum")
+def divided_by_the_logarithm(q, k, v, log_sum, grad, dot):
+    weights = (q @ k.T / q.shape[-1] ** 0.5).exp() / log_sum
+    return with_weights(weights, q, k, v, grad, dot)
+
+
+@BACK.wrong("gradient of k", "D is that of this block's output")
+def the_row_sums_of_this_block(q, k, v, log_sum, grad, dot):
+    weights = weights_of(q, k, log_sum)
+    own = (grad * (weights @ v)).sum(-1, keepdim=True)
+    return with_weights(weights, q, k, v, grad, own)
+
+
+@BACK.wrong("gradient of k", "the factor 1/√d twice")
+def the_scale_twice(q, k, v, log_sum, grad, dot):
+    return with_weights(weights_of(q, k, log_sum), q, k, v, grad, dot, scale=1 / q.shape[-1])
+
+
+@BACK.wrong("the gradient of q is torch.float32", unsaid="could not be looked at")
+def gradients_in_float32(q, k, v, log_sum, grad, dot):
+    found = with_weights(weights_of(q, k, log_sum), q, k, v, grad, dot)
+    return [each.float() for each in found]
+
+
 @BACK.wrong("gradient of k", "lacks the factor 1/√d")
 def gradients_without_the_scale(q, k, v, log_sum, grad, dot):
     return with_weights(weights_of(q, k, log_sum), q, k, v, grad, dot, scale=1)
@@ -392,6 +435,16 @@ def the_whole_mean_everywhere(scores, targets):
     totals = sums(scores, targets)
     whole = sum(total.to(totals[0].device) for total in totals) / numbers[0]
     return [whole.to(score.device) for score in scores]
+
+
+@LOSS.wrong("you divided by the number of GPUs, too")
+def divided_by_the_gpus_too(scores, targets):
+    return [loss / len(scores) for loss in a_count_in_python(scores, targets)]
+
+
+@LOSS.wrong("a loss is torch.float64", unsaid="could not be looked at")
+def in_float64(scores, targets):
+    return [loss.double() for loss in a_count_in_python(scores, targets)]
 
 
 @LOSS.wrong("the sum over all targets: divide by how many count")
