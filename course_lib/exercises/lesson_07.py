@@ -246,7 +246,7 @@ def _back_mistake(
             "It lacks the factor 1/√d.": (weights * (inner - dot)).T @ q,
             "`dot` is not subtracted.": (weights * inner).T @ q * scale,
             of_block: (alone * (inner - dot)).T @ q * scale,
-            "D is that of this block's output: use `dot`, which is over all.": (
+            "δ is that of this block's output: use `dot`, which is over all.": (
                 (weights * (inner - own_dot)).T @ q * scale
             ),
             "It has the factor 1/√d twice.": (weights * (inner - dot)).T @ q * scale**2,

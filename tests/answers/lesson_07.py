@@ -286,7 +286,7 @@ def divided_by_the_logarithm(q, k, v, log_sum, grad, dot):
     return with_weights(weights, q, k, v, grad, dot)
 
 
-@BACK.wrong("gradient of k", "D is that of this block's output")
+@BACK.wrong("gradient of k", "δ is that of this block's output")
 def the_row_sums_of_this_block(q, k, v, log_sum, grad, dot):
     weights = weights_of(q, k, log_sum)
     own = (grad * (weights @ v)).sum(-1, keepdim=True)
