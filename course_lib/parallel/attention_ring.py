@@ -84,7 +84,7 @@ class _RingAttention(torch.autograd.Function):
                 q, out, log_sum = (each[rank][..., queries, :] for each in (qs, outs, log_sums))
                 k, v = kvs[rank][..., keys, :]
                 more = attend(q, k, v, masked)
-                # No name for what is merged: it would stay in memory until the next tile's is there.
+                # No name for what is merged: it would be held until the next tile is there, too.
                 for old, new in zip((out, log_sum), merge(out, log_sum, *more), strict=True):
                     old.copy_(new)
         outs = [out.to(q.dtype) for out, q in zip(outs, qs, strict=True)]
