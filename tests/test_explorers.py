@@ -152,3 +152,20 @@ def test_an_error_message_cannot_be_taken_for_html() -> None:
 
     _, status, _ = Explorer(draw, number=choice("number", [0], 0)).children
     assert "ValueError: &lt;b&gt;bold&lt;/b&gt;</div>" in status.value
+
+
+@pytest.mark.parametrize(
+    ("stage", "billions", "memory", "words"),
+    [
+        (0, 7, 80, "never fits"),
+        (1, 1, 24, "fits from 1 on"),
+        (2, 70, 80, "never fits"),  # each GPU has 140 GB of parameters, however many there are
+        (3, 70, 80, "fits from 16 on"),
+        (3, 405, 24, "fits on more than 128"),  # on 270
+    ],
+)
+def test_a_sharded_model_never_fits_only_if_no_number_of_gpus_is_enough(
+    stage: int, billions: float, memory: float, words: str
+) -> None:
+    counts = [1, 2, 4, 8, 16, 32, 64, 128]
+    assert lesson_08.where_it_fits(stage, billions, memory, counts) == words

@@ -17,8 +17,7 @@ def explore_sharding() -> Explorer:
         figure, ax = style.figure()
         for stage, marker in zip(range(4), "os^D", strict=True):
             held = [billions * bytes_a_parameter(stage, count) for count in counts]
-            enough = [n for n, gigabytes in zip(counts, held, strict=True) if gigabytes <= memory]
-            fits = f"fits from {enough[0]} on" if enough else "never fits"
+            fits = where_it_fits(stage, billions, memory, counts)
             ax.loglog(counts, held, f"{marker}-", label=f"stage {stage}: {fits}")
         ax.axhline(memory, linestyle="--", color=style.GREY, label=f"{memory} GB")
         ax.set(xlabel="GPUs", ylabel="GB on each GPU")
@@ -34,3 +33,13 @@ def explore_sharding() -> Explorer:
         billions=choice("billion parameters", [1, 3, 7, 13, 30, 70, 175, 405], 7),
         memory=choice("GB of a GPU", [24, 40, 80, 141], 80),
     )
+
+
+def where_it_fits(stage: int, billions: float, memory: float, counts: list[int]) -> str:
+    """From how many of ``counts`` GPUs on a model fits, in a few words."""
+    for count in counts:
+        if billions * bytes_a_parameter(stage, count) <= memory:
+            return f"fits from {count} on"
+    # What each GPU holds however many there are.
+    copied = billions * bytes_a_parameter(stage, 10**12)
+    return "never fits" if copied > memory else f"fits on more than {counts[-1]}"
