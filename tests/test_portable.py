@@ -24,6 +24,12 @@ def test_a_line_more_is_a_difference() -> None:
     assert differences(lesson("one\ntwo\n"), lesson("one\n")) == ["print-x: 'two' is now ''"]
 
 
+def test_a_print_that_came_in_two_parts_is_no_difference() -> None:
+    in_two = lesson("one\n")
+    in_two.cells[0].outputs.append(new_output("stream", name="stdout", text="two\n"))
+    assert differences(lesson("one\ntwo\n"), in_two) == []
+
+
 def test_the_same_text_and_cells_that_nobody_compares_are_no_difference() -> None:
     assert differences(lesson("one\n"), lesson("one\n")) == []
     measured = ("nbval-ignore-output",)

@@ -367,13 +367,13 @@ def _only_defines(part: ast.stmt) -> bool:
 
 def said(cell: NotebookNode) -> str:
     """What a code cell says: its stdout and the text of its results."""
-    parts = []
+    text = ""  # a slow machine sends one print in several outputs, which belong together
     for output in cell.outputs:
         if output.get("name") == "stdout":
-            parts.append(output.text)
+            text += output.text
         elif "data" in output:
-            parts.append(output.data.get("text/plain", ""))
-    return "\n".join(parts).strip()
+            text += output.data.get("text/plain", "") + "\n"
+    return text.strip()
 
 
 # --------------------------------------------------------------------------------- running them
