@@ -113,25 +113,17 @@ def test_every_interrupt_ends_the_work_once_and_leaves_numbers_and_memory_right(
     assert result.stdout.endswith("fine\n")
 
 
-def test_a_handler_that_the_program_chose_stays():
-    result = run(
-        "import signal, course_lib\n"
-        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        "course_lib.devices(1)\n"
-        "assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN\n"
-    )
-    assert result.returncode == 0, result.stderr
-
-
-def test_a_time_limit_that_the_program_set_before_ends_the_work_and_not_the_process():
+def test_handlers_that_the_program_chose_stay_and_end_the_work_but_not_the_process():
     result = run(
         "import signal, sys\n"
         "def give_up(*_):\n"
         "    raise TimeoutError\n"
         "signal.signal(signal.SIGALRM, give_up)\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "import course_lib, torch\n"
         "course_lib.devices(1)\n"
         "assert signal.getsignal(signal.SIGALRM) is give_up\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN\n"
         "x = torch.ones(2, device='vgpu:0', requires_grad=True)\n"
         "(x * 2).sum().backward()\n"
         "lost = []\n"

@@ -391,18 +391,15 @@ def test_the_accelerator_makes_the_host_wait(vgpus: Devices):
 
 
 def test_the_accelerators_streams_are_the_courses(vgpus: Devices):
-    side = course_lib.stream(vgpus[1])
     default = torch.accelerator.current_stream("vgpu:1")
-    torch.accelerator.set_stream(side)
-    assert torch.accelerator.current_stream(1) is side
-    assert torch.accelerator.current_device_index() == 1
-    torch.accelerator.set_stream(default)
-    assert torch.vgpu.current_stream(1) is torch.vgpu.default_stream(1) is default
-    mine = torch.Stream("vgpu:1")
-    torch.accelerator.set_stream(mine)
-    assert torch.accelerator.current_stream(1) is mine
+    for side in (course_lib.stream(vgpus[1]), torch.Stream("vgpu:1")):
+        torch.accelerator.set_stream(side)
+        assert torch.accelerator.current_stream(1) is side
+        assert torch.accelerator.current_device_index() == 1
+        torch.accelerator.set_stream(default)
+        assert torch.vgpu.current_stream(1) is torch.vgpu.default_stream(1) is default
     with pytest.raises(TypeError, match=r"course_lib\.stream"):
-        torch.accelerator.set_stream("vgpu:1")
+        torch.accelerator.set_stream("stream 1")
 
 
 def test_the_accelerator_says_what_it_can_do():
