@@ -37,7 +37,7 @@ ROOT := --allow-root
 endif
 
 .PHONY: help lab fresh test browser unit nb notebooks portable test-with conformance \
-  pytorch-tests images bench lint constraints clean
+  pytorch-tests images bench lint constraints dist clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -108,8 +108,23 @@ constraints: ## Pin the newest version of everything else than torch in constrai
 	{ echo "# What the committed outputs were made with. Refresh: make constraints"; \
 	  sed -E -e 's/\+.*//' -e '/^(nvidia|cuda|triton)/d' "$$fresh/all"; } > constraints.txt
 
+# What builds is in an environment of its own, under build/, for `make clean` to remove.
+# A lesson is run from the wheel and a copy of itself, outside of the repository.
+RELEASE = build/release-tools
+dist: $(STAMP) ## Build the wheel and the sdist, check both, and run a lesson from the wheel
+	rm -rf dist build/wheel build/outside
+	@test -d $(RELEASE) || $(PYTHON) -m venv $(RELEASE)
+	@$(RELEASE)/$(SCRIPTS)/python -m pip install -q build twine
+	$(RELEASE)/$(SCRIPTS)/python -m build --outdir dist .
+	$(RELEASE)/$(SCRIPTS)/python -m twine check --strict dist/*
+	$(PIP) install -q --no-deps --target build/wheel dist/*.whl
+	@mkdir -p build/outside && cp notebooks/00_*.ipynb build/outside/
+	cd build/outside && COURSE_DEVICES=virtual OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/build/wheel \
+	  $(CURDIR)/$(PYTEST) -q --rootdir=. -p no:randomly --nbval --nbval-current-env \
+	  --nbval-cell-timeout=600 .
+
 clean: ## Remove caches and build leftovers (.venv stays)
-	rm -rf build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .mypy_cache .hypothesis notebooks/.ipynb_checkpoints
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .mypy_cache .hypothesis notebooks/.ipynb_checkpoints
 	find course_lib images tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 # torch first, at its pin: then nothing installed later can bring another build of it.

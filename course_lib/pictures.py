@@ -7,7 +7,9 @@ from pathlib import Path
 from IPython.display import Image
 from PIL import Image as Pixels
 
-FOLDER = Path(__file__).resolve().parent.parent / "images"
+_PACKAGE = Path(__file__).resolve().parent
+_IN_THE_WHEEL, _IN_THE_REPOSITORY = _PACKAGE / "images", _PACKAGE.parent / "images"
+FOLDER = _IN_THE_WHEEL if _IN_THE_WHEEL.is_dir() else _IN_THE_REPOSITORY
 WIDTH = 900  # pixels on the screen; the file has more, for sharp edges
 
 

@@ -58,6 +58,11 @@ def test_every_dependency_has_a_pin_that_satisfies_it(need: Requirement):
     assert need.specifier.contains(pins()[bare(need.name)])
 
 
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert str(citation["version"]) == PROJECT["version"]
+
+
 def test_what_the_package_needs_at_run_time_suits_a_notebook_service():
     names = {need.name for need in REQUIRED}
     assert names == {"torch", "numpy", "matplotlib", "pillow", "ipywidgets", "tqdm"}
