@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from matplotlib import pyplot as plt
+from matplotlib.colors import to_rgb
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -493,6 +495,28 @@ def test_a_drawing_numbers_all_boxes_of_a_kind_or_none():
     numbers = sorted(int(text.get_text()) for text in crowded.texts)
     assert numbers == sorted(list(range(32)) * 8), "each backward's, and no forward's"
     plt.close(crowded.figure)
+
+
+def contrast(ink: str, ground: tuple[float, ...]) -> float:
+    """Of two colours, as WCAG counts it: 1 for the same, 21 for black on white."""
+    opacity = ground[3]
+    on_white = [opacity * each + 1 - opacity for each in ground[:3]]
+    bright, dark = sorted(map(luminance, (on_white, to_rgb(ink))), reverse=True)
+    return (bright + 0.05) / (dark + 0.05)
+
+
+def luminance(colour: Sequence[float]) -> float:
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("schedule", [zero_bubble(2, 3), interleaved(2, 4, 2)])
+def test_numbers_in_the_drawing_stand_out_from_their_boxes(schedule: Schedule) -> None:
+    ax = draw(schedule)
+    assert len(ax.texts) == len(ax.collections) > 0
+    for text, box in zip(ax.texts, ax.collections, strict=True):
+        assert contrast(text.get_color(), box.get_facecolor()[0]) >= 4.5
+    plt.close(ax.figure)
 
 
 # Mistakes.
