@@ -396,6 +396,36 @@ def saved_tensor_hooks(xs, shards):
     return outs
 
 
+@BACK.right
+def gradients_put_into_the_shards_by_hand(xs, shards):
+    def scatter(gradients):
+        parts = copied_parts(gradients)
+        for shard, part in zip(shards, parts, strict=True):
+            shard.grad = part
+        return [None] * len(parts)
+
+    return back_with(the_shards, all_gather, scatter)(xs, shards)
+
+
+@BACK.wrong("forward sends more than one gather of each weight")
+def a_function_for_each_gpu(xs, shards):
+    class Layer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, rank, x, *shards):
+            ctx.rank = rank
+            ctx.save_for_backward(x, *shards)
+            return x @ all_gather(shards)[rank].T
+
+        @staticmethod
+        def backward(ctx, gradient):
+            x, *shards = ctx.saved_tensors
+            parts = (gradient.T @ x).chunk(len(shards))
+            parts = [p.to(s.device, copy=True) for p, s in zip(parts, shards, strict=True)]
+            return None, gradient @ all_gather(shards)[ctx.rank], *parts
+
+    return [Layer.apply(rank, x, *shards) for rank, x in enumerate(xs)]
+
+
 @BACK.wrong("between forward and backward GPU 0 still holds 5.0 whole weights of 5", "keep shards")
 def the_gathered_weights_kept(xs, shards):
     return back_with(lambda shards, whole: whole, lambda kept: kept, copied_parts)(xs, shards)
