@@ -1,4 +1,75 @@
-"""One rank a GPU."""
+"""One rank a GPU: a function run as on a cluster, on virtual GPUs in this process.
+
+    def train():
+        torch.distributed.init_process_group()
+        ...
+
+    ranks.run(train, course_lib.devices(4))
+
+Each rank is a thread with a virtual GPU of its own, and ``torch.distributed`` works in it as
+between processes: so do the engines above it, ``DistributedDataParallel``, ``fully_shard``, DTensor
+and ``torch.distributed.pipelining``, unmodified. What they compute, hold, send and wait for is seen
+by the meters that see the code written by hand.
+
+How it works, in the order to read it:
+
+* ``baton``           one thread runs at a time, in an order that is always the same;
+* ``rank_state``      what belongs to a process, and changes hands with the baton;
+* ``running``         ``run``: ranks begin, end, print, fail;
+* ``where``, ``errors``, ``interrupting``  a fault, and the line of the program that it is in;
+* ``reductions``      sums, means, maxima, as a ring needs them;
+* ``calls``           what each collective does, on the ring of ``course_lib.parallel.ring``;
+* ``host_ring``       the same for tensors on the CPU;
+* ``meetings``        a collective happens when its last rank comes, from the moments of all;
+* ``point_to_point``  sending and receiving;
+* ``works``           what ``async_op=True`` returns, and what waits for what;
+* ``process_group``   the class that ``torch.distributed`` calls;
+* ``functional``      the collectives that DTensor calls;
+* ``store``           keys and values that all ranks share;
+* ``distributed``     what of ``torch.distributed`` is each rank's own, while ranks run;
+* ``engines``         what PyTorch's engines take for granted of a process;
+* ``script``          a script as each rank's main program, for ``python -m course_lib.ranks``.
+
+Faults are named at once. When no rank can go on, that is a deadlock: the error says what each rank
+waits for, and at which line. Ranks that call different collectives, or the same on tensors that do
+not fit, are both named. The error of the rank that failed first is raised where ``run`` was called,
+and ends in the program's own line.
+
+What is modelled: a collective is one launch for each host, takes the bytes and the time of a ring,
+on streams of its group, beside whatever the GPUs compute; ``wait`` makes the current stream wait
+and not the host, as with NCCL; a barrier makes the hosts wait.
+
+What differs from processes:
+
+* the current device of a rank is its own GPU from the start, without ``set_device``; ``LOCAL_RANK``
+  is the index of that GPU, over all nodes;
+* whichever backend a program asks for (``"nccl"``, ``"gloo"``), it gets this one;
+* a rank begins with the random numbers, the default dtype and the environment of the caller, and
+  shares its modules and global variables with the other ranks;
+* what ranks print is shown when all have ended;
+* a wait for what never comes is an error at once and not after a timeout;
+* collectives of CPU tensors take no time and are not metered; a barrier sends nothing;
+* a send is done when it was received, however small it is;
+* ``PREMUL_SUM`` scales the sum and not each number;
+* ``get_future()`` outside of a backward pass is waited for before it is returned;
+* a host that reads a value lets its GPU finish all that is enqueued: what another rank, which is
+  behind in the program but not in time, adds to the same GPU later comes after that.
+
+What is refused, in one line: a run inside of a rank, ``course_lib.devices`` and ``trace`` inside of
+a rank, GPUs that are real or shared, receiving from any source, ``split_group``.
+
+Rests on these names of PyTorch (tried with 2.13), which are private or may change:
+``torch.distributed.distributed_c10d``: ``_World``, ``_world``, ``_backend``,
+``_default_pg_init_method``, ``BackendConfig``, ``Backend._plugins`` and
+``Backend.default_device_backend_map``, and that ``_new_process_group_helper`` takes a
+``ProcessGroup`` written in Python as it is; ``torch.distributed.rendezvous._rendezvous_handlers``;
+``torch._C._distributed_c10d._set_thread_isolation_mode``; ``torch._C._current_autograd_node`` and
+``Variable._execution_engine.queue_callback``; ``torch.autograd._unsafe_preserve_version_counter``
+and ``_engine_run_backward``; ``ReduceOp.__getstate__``;
+``DTensor._op_dispatcher._custom_op_handlers``, ``torch.distributed.tensor._random._rng_tracker``,
+``FakeTensorMode._cached_dispatch_impl``,
+``DistributedDataParallel._check_comm_hook``; and of Python ``os.environ._data``.
+"""
 
 from course_lib.ranks.errors import DeadlockError, MismatchError
 from course_lib.ranks.running import run

@@ -83,8 +83,8 @@ class ProcessState:
         It has the random numbers of this one, and what it prints is kept.
         """
         clock = machine.clock
-        # As torchrun sets them, on one node.
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0}
+        # As torchrun sets them on one node, where a local rank is the index of a GPU.
+        numbers = {"RANK": rank, "LOCAL_RANK": device, "GROUP_RANK": 0}
         sizes = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         address = {"MASTER_ADDR": "localhost", "MASTER_PORT": 29500}
         environment = dict(self.values["environment"])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from course_lib import hardware, tracebacks
-from course_lib.ranks import distributed
+from course_lib.ranks import distributed, engines
 from course_lib.ranks.baton import Baton, Runner
 from course_lib.ranks.interrupting import end_interrupted
 from course_lib.ranks.meetings import Communicator
@@ -68,7 +68,7 @@ class Run:
         self._own = own
         self._states = [own.for_rank(rank, len(gpus), gpu.index) for rank, gpu in enumerate(gpus)]
         for state in self._states:
-            state.values["groups"] = distributed.World()
+            state.values.update(engines.state_of_a_rank(), groups=distributed.World())
         self.baton = Baton(
             [
                 Runner(rank, self._live, state.put_in_place, state.take_out)
@@ -95,7 +95,7 @@ class Run:
         clock.has_side_streams = True  # from now on, what is enqueued later may be ready sooner
         _Active.run = self
         try:
-            with distributed.used_by(self):
+            with distributed.used_by(self), engines.prepared():
                 try:
                     self.baton.run_all()
                 except KeyboardInterrupt:

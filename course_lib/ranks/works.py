@@ -88,11 +88,11 @@ class Work(torch.distributed.Work):
         """A future of the outputs.
 
         C++ code waits for it with no thought of the baton, so it is done when it is returned; but
-        inside of a backward pass, where the rank must not stop if computing is to go on beside,
-        it is done when the pass ends, before whoever asked for it waits.
+        asked for by a node of a backward pass, where the rank must not stop if computing is to go
+        on beside, it is done when the pass ends, before whoever asked for it waits.
         """
         future: Future = Future()
-        if self._pending.is_over() or torch._C._current_graph_task_id() == -1:
+        if self._pending.is_over() or torch._C._current_autograd_node() is None:
             self._finish(future)
         else:
             engine = torch.autograd.Variable._execution_engine

@@ -7,11 +7,13 @@ from array import array
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from course_lib.spans import Span
+from course_lib.timeline import chrome_trace
 from course_lib.virtual.hazards import Hazard
 from course_lib.virtual.machine import DEVICE_TYPE
 from course_lib.virtual.network import ONE_NODE, Nodes
@@ -148,6 +150,11 @@ class Trace:
             if region is None or span.region == region:
                 total[span.kind] += span.end - span.start
         return total
+
+    def save(self, path: str | Path) -> None:
+        """Write a file, ``trace.json``, that Perfetto and ``chrome://tracing`` open: one process a
+        device, one thread a stream, with bytes and FLOPs beside each operation."""
+        chrome_trace.save(self, path)
 
     def plot(self, ax: Axes | None = None, title: str = "") -> Axes:
         """Draw the timeline: one row a device, a copy on the rows of both of its ends.

@@ -89,7 +89,7 @@ class Allocation:
         storage: what ``untyped_storage()`` gave last, if somebody keeps it (see ``storages``).
     """
 
-    __slots__ = ("accesses", "memory", "nbytes", "storage", "writer")
+    __slots__ = ("__weakref__", "accesses", "memory", "nbytes", "storage", "writer")
 
     def __init__(self, memory: Memory, nbytes: int) -> None:
         self.memory = memory

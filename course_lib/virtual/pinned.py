@@ -32,6 +32,11 @@ def is_pinned(tensor: torch.Tensor, device: torch.device | None = None) -> bool:
 
 def _pin_memory(tensor: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
     copy = tensor.clone()
-    storage: Any = copy.untyped_storage()
-    storage.is_pinned_for_vgpu = True
+    mark(copy)
     return copy
+
+
+def mark(tensor: torch.Tensor) -> None:
+    """Let ``tensor``, on the CPU, count as pinned."""
+    storage: Any = tensor.untyped_storage()
+    storage.is_pinned_for_vgpu = True

@@ -50,6 +50,8 @@ class VirtualTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # a class method, as PyTorch asks for one
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        if len(types) > 1:  # a tensor with others inside, as DTensor's: it takes itself apart
+            return NotImplemented
         operator = known_operators.get(id(func)) or Operator.of(func)
         return operator.handler(operator, args, kwargs or {})
 

@@ -1,0 +1,104 @@
+"""What PyTorch's engines take for granted of a process, and is not so with ranks in threads.
+
+DTensor keeps, for the whole process, a table of operators that ``loss_parallel`` changes, and what
+it knows of random numbers: each rank has its own. A cache of what operators return would answer
+with a tensor on another rank's GPU, and is left out. DDP asks what pinned memory and which
+version of CUDA there are.
+
+Rests on ``DTensor._op_dispatcher._custom_op_handlers``,
+``torch.distributed.tensor._random._rng_tracker``,
+``torch._subclasses.fake_tensor.FakeTensorMode._cached_dispatch_impl`` and
+``DistributedDataParallel._check_comm_hook``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.tensor import DTensor, _random
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from course_lib.ranks import functional as functional  # lets virtual GPUs know its operators
+from course_lib.ranks.rank_state import PARTS, attribute
+from course_lib.virtual import pinned
+
+PARTS["DTensor's operators"] = attribute(lambda: DTensor._op_dispatcher, "_custom_op_handlers")
+PARTS["DTensor's random numbers"] = attribute(lambda: _random, "_rng_tracker")
+
+
+def state_of_a_rank() -> dict[str, Any]:
+    """The parts above, as a process has them that has done nothing yet."""
+    return {
+        "DTensor's operators": dict(DTensor._op_dispatcher._custom_op_handlers),
+        "DTensor's random numbers": None,
+    }
+
+
+@contextmanager
+def prepared() -> Iterator[None]:
+    """Change PyTorch, in the block, as the functions below say."""
+    with ExitStack() as stack:
+        for change in (
+            mock.patch.object(FakeTensorMode, "_cached_dispatch_impl", _without_cache),
+            mock.patch.object(DistributedDataParallel, "_check_comm_hook", _check_hook),
+            mock.patch.object(DistributedDataParallel, "forward", _forward),
+            mock.patch.object(torch.autograd, "_engine_run_backward", _run_backward),
+        ):
+            stack.enter_context(change)
+        yield
+
+
+def _without_cache(self: FakeTensorMode, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    return self._dispatch_impl(func, types, args, kwargs)
+
+
+_check_any_hook = DistributedDataParallel._check_comm_hook
+
+
+def _check_hook(self: DistributedDataParallel, hook: Any) -> None:
+    """Here bfloat16 needs no version of CUDA or NCCL."""
+    if getattr(hook, "__module__", "") != default_hooks.__name__:
+        _check_any_hook(self, hook)
+
+
+class _Here(threading.local):
+    """Of each rank: whether a model of its looks for parameters that are not used."""
+
+    asks_for_pinned_memory = False
+
+
+class _PinnedMemory(TorchDispatchMode):
+    """Pinned memory where C++ code asks CUDA's allocator for it: ordinary memory with a mark."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not kwargs.get("pin_memory"):
+            return func(*args, **kwargs)
+        made = func(*args, **{**kwargs, "pin_memory": False})
+        pinned.mark(made)
+        return made
+
+
+_here = _Here()
+_forward_of_any = DistributedDataParallel.forward
+_run_backward_of_any = torch.autograd._engine_run_backward
+
+
+def _forward(self: DistributedDataParallel, *inputs: Any, **kwargs: Any) -> Any:
+    if self.find_unused_parameters or self.static_graph:
+        _here.asks_for_pinned_memory = True
+    return _forward_of_any(self, *inputs, **kwargs)
+
+
+def _run_backward(*args: Any, **kwargs: Any) -> Any:
+    """In backward, DDP tells the other ranks which parameters it did not use."""
+    with _PinnedMemory() if _here.asks_for_pinned_memory else nullcontext():
+        return _run_backward_of_any(*args, **kwargs)
