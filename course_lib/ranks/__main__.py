@@ -60,7 +60,8 @@ def _save(trace: course_lib.Trace, path: Path) -> None:
     if path.suffix == ".json":
         trace.save(path)
     else:
-        figure = trace.plot().figure
+        figure = trace.plot().get_figure(root=True)
+        assert figure is not None
         figure.savefig(path)
     print(f"saved {path}")
 

@@ -29,14 +29,16 @@ _works: WeakKeyDictionary[Allocation, list[dist.Work]] = WeakKeyDictionary()
 
 
 def _group(name: Any) -> Any:
-    return _resolve_process_group(name) if isinstance(name, str) else dist.ProcessGroup.unbox(name)
+    """The group of that name, or the one in a box of C++."""
+    is_name = isinstance(name, str)
+    return _resolve_process_group(name) if is_name else dist.ProcessGroup.unbox(name)
 
 
 def _op(name: str) -> Any:
     return getattr(dist.ReduceOp, name.upper())
 
 
-def _pending(tensor: Tensor, work: dist.Work) -> Tensor:
+def _pending(tensor: Any, work: dist.Work) -> Tensor:
     _works.setdefault(tensor.allocation, []).append(work)
     return tensor
 
