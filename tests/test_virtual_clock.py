@@ -171,6 +171,7 @@ def test_what_is_written_alone_is_not_charged_as_read(gpus: Devices):
 
     assert bytes_of(lambda: torch._foreach_zero_([a, b])) == 2 * 4000
     assert bytes_of(lambda: torch._foreach_copy_([a, b], [c, c])) == 4 * 4000
+    assert bytes_of(lambda: a.normal_()) == bytes_of(lambda: torch.rand_like(a)) == 4000
     assert bytes_of(lambda: torch.add(a, b, out=c)) == 3 * 4000
     assert bytes_of(lambda: a.add_(b)) == 3 * 4000
 

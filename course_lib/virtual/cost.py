@@ -111,8 +111,19 @@ _READS_NOTHING = _RESERVES | {
     aten.new_ones,
     aten.new_zeros,
     aten.ones_like,
+    aten.rand_like,
+    aten.randint_like,
+    aten.randn_like,
     aten.zero_,
     aten.zeros_like,
 }
-_OVERWRITES = {aten.copy_, aten._foreach_copy_}
+_OVERWRITES = {
+    aten._foreach_copy_,
+    aten.bernoulli_,
+    aten.copy_,
+    aten.exponential_,
+    aten.normal_,
+    aten.random_,
+    aten.uniform_,
+}
 _GATHERS = {aten.embedding, aten.gather, aten.index, aten.index_select}
