@@ -107,7 +107,7 @@ def finish(
         ticket = clock.compute(operator.name, index, 0.0, nbytes, 1.0)
     else:
         flops = operator.flops(inner_args, inner_kwargs, out)
-        peak = machine.spec.peak_flops(inputs[0].dtype)
+        peak = machine.spec.peak_flops(inputs[0].held.dtype)
         ticket = clock.compute(operator.name, index, flops, nbytes, peak)
     if clock.has_side_streams:
         hazards.check(ticket, inputs, written)
