@@ -82,8 +82,8 @@ for work in [train, forward, backward, recompute] * 50:
             work()
     except KeyboardInterrupt:
         counted += 1
+    assert not lost, (counted, work, lost)
     thread.join()
-assert not lost, lost
 assert counted == 200, counted
 
 before = loss().item()
