@@ -36,8 +36,8 @@ host wait; a roofline time for each operator; memory counted once for each piece
 
 What is not: caches, kernels that reach less than the peak, two kernels that share the cores,
 contention inside NVLink or in a switch, the rounding of allocations and the fragmentation of
-memory, CUDA graphs, ``torch.compile``, sparse, nested and quantized tensors, and the order in which a
-real GPU adds numbers up: results here are the CPU's, bit for bit.
+memory, CUDA graphs, ``torch.compile``, sparse, nested and quantized tensors, and the order in which
+a real GPU adds numbers up: results here are the CPU's, bit for bit.
 
 What differs from CUDA in use:
 
