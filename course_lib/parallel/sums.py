@@ -12,7 +12,7 @@ def mark_as_sums(gradients: Tensors) -> None:
     """Note on each gradient that it is a sum, for as long as nobody changes it in place."""
     for gradient in gradients:
         # By this number autograd counts such changes.
-        gradient.summed_at = gradient._version  # type: ignore[attr-defined]
+        vars(gradient)["summed_at"] = gradient._version
 
 
 def are_sums(gradients: Tensors) -> bool:

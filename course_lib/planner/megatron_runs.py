@@ -6,6 +6,7 @@ What a source does not state is filled in here, and said.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from course_lib.planner.clusters import cluster
 from course_lib.planner.layouts import Layout
@@ -13,7 +14,7 @@ from course_lib.planner.models import Model, gpt
 from course_lib.planner.rows import Run, read
 
 
-def _megatron(**sizes: object) -> Layout:
+def _megatron(**sizes: Any) -> Layout:
     """Megatron-LM before flash attention: gradients are reduced after the backward pass."""
     usual = {
         "attention": "unfused",
@@ -21,7 +22,7 @@ def _megatron(**sizes: object) -> Layout:
         "overlap": False,
         "float32_gradients": False,
     }
-    return Layout(**{**usual, **sizes})  # type: ignore[arg-type]
+    return Layout(**{**usual, **sizes})
 
 
 def megatron_2021() -> Iterator[Run]:
