@@ -56,7 +56,9 @@ What differs from processes:
   behind in the program but not in time, adds to the same GPU later comes after that.
 
 What is refused, in one line: a run inside of a rank, ``course_lib.devices`` and ``trace`` inside of
-a rank, GPUs that are real or shared, receiving from any source, ``split_group``.
+a rank, GPUs that are real or shared, receiving from any source, ``split_group``, SyncBatchNorm in
+training. Not tried: context parallelism of PyTorch's own, ``pipeline()`` that traces a model,
+``torch.distributed.checkpoint``, ``torch.compile``, more than eight ranks.
 
 Rests on these names of PyTorch (tried with 2.13), which are private or may change:
 ``torch.distributed.distributed_c10d``: ``_World``, ``_world``, ``_backend``,

@@ -3,7 +3,7 @@
 DTensor keeps, for the whole process, a table of operators that ``loss_parallel`` changes, and what
 it knows of random numbers: each rank has its own. A cache of what operators return would answer
 with a tensor on another rank's GPU, and is left out. DDP asks what pinned memory and which
-version of CUDA there are.
+version of CUDA there are. SyncBatchNorm needs kernels that the CPU does not have.
 
 Rests on ``DTensor._op_dispatcher._custom_op_handlers``,
 ``torch.distributed.tensor._random._rng_tracker``,
@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.tensor import DTensor, _random
@@ -29,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from course_lib.ranks import functional as functional  # lets virtual GPUs know its operators
 from course_lib.ranks.rank_state import PARTS, attribute
 from course_lib.virtual import pinned
+from course_lib.virtual.spec import DEVICE_TYPE
 
 PARTS["DTensor's operators"] = attribute(lambda: DTensor._op_dispatcher, "_custom_op_handlers")
 PARTS["DTensor's random numbers"] = attribute(lambda: _random, "_rng_tracker")
@@ -51,6 +53,7 @@ def prepared() -> Iterator[None]:
             mock.patch.object(DistributedDataParallel, "_check_comm_hook", _check_hook),
             mock.patch.object(DistributedDataParallel, "forward", _forward),
             mock.patch.object(torch.autograd, "_engine_run_backward", _run_backward),
+            mock.patch.object(nn.SyncBatchNorm, "forward", _normalize),
         ):
             stack.enter_context(change)
         yield
@@ -67,6 +70,18 @@ def _check_hook(self: DistributedDataParallel, hook: Any) -> None:
     """Here bfloat16 needs no version of CUDA or NCCL."""
     if getattr(hook, "__module__", "") != default_hooks.__name__:
         _check_any_hook(self, hook)
+
+
+_normalize_anywhere = nn.SyncBatchNorm.forward
+
+
+def _normalize(self: nn.SyncBatchNorm, x: torch.Tensor) -> torch.Tensor:
+    if self.training and x.device.type == DEVICE_TYPE:
+        raise NotImplementedError(
+            "SyncBatchNorm does not train on virtual GPUs: take BatchNorm, with the statistics of "
+            "each rank's own examples, or LayerNorm"
+        )
+    return _normalize_anywhere(self, x)
 
 
 class _Here(threading.local):
