@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from course_lib import trace
 from course_lib.hardware import fresh_devices, host_seconds, memory_in_use, peak_memory
 from course_lib.models import GPT, next_token_loss, parameter_count
-from course_lib.parallel import comparison
-from course_lib.parallel.comparison import METHODS, Measurement, compare, largest, measure
+from course_lib.parallel import methods
+from course_lib.parallel.comparison import Measurement, compare, largest, measure
+from course_lib.parallel.methods import METHODS
 from course_lib.parallel.proof import largest_difference
 from course_lib.parallel.split_parameter import unsplit
 from course_lib.virtual.machine import machine
@@ -69,7 +70,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list:
         return make_and_keep
 
     for attribute in {attribute for attribute, _ in MODELS.values()}:
-        monkeypatch.setattr(comparison, attribute, keeping(getattr(comparison, attribute)))
+        monkeypatch.setattr(methods, attribute, keeping(getattr(methods, attribute)))
     return models
 
 
@@ -79,17 +80,18 @@ def optimizer(request, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "SGD":
         sgd = partial(torch.optim.SGD, lr=0.1)
         monkeypatch.setattr(torch.optim, "AdamW", sgd)
-        monkeypatch.setattr(comparison, "Sharded", partial(comparison.Sharded, make_optimizer=sgd))
+        monkeypatch.setattr(methods, "adamw", sgd)
 
 
 @each_method
-@pytest.mark.parametrize("microbatch", [1, 2])
-def test_two_steps_are_those_of_one_gpu(vgpus, optimizer, made, name: str, microbatch) -> None:
+@pytest.mark.parametrize("accumulations", [1, 2])
+def test_two_steps_are_those_of_one_gpu(vgpus, optimizer, made, name: str, accumulations) -> None:
     gpt, (tokens, targets) = a_gpt(), a_batch()
     targets[0, 1:] = -100  # padding: microbatches count unequally
     batch = tokens, targets
-    step = METHODS[name](gpt, vgpus[:2], *batch, microbatch)
-    step()
+    step = METHODS[name](gpt, vgpus[:2], *batch, accumulations)
+    first = sum(loss.item() for loss in step())
+    assert first == pytest.approx(next_token_loss(gpt(tokens), targets).item(), abs=1e-6)
     step()
     _, to_model = MODELS[name]
     ours, expected = to_model(made[0], gpt).cpu(), on_one_gpu(gpt, *batch, steps=2)
@@ -102,7 +104,7 @@ def test_two_steps_are_those_of_one_gpu(vgpus, optimizer, made, name: str, micro
 def test_the_model_stays_as_it_is(vgpus, name: str) -> None:
     gpt, batch = a_gpt(), a_batch()
     before = copy.deepcopy(gpt)
-    METHODS[name](gpt, vgpus[:2], *batch, 2)()
+    METHODS[name](gpt, vgpus[:2], *batch, 1)()
     assert largest_difference(gpt, before) == 0
     assert all(parameter.grad is None for parameter in gpt.parameters())
     assert all(parameter.device.type == "cpu" for parameter in gpt.parameters())
@@ -116,7 +118,7 @@ def test_the_model_stays_as_it_is(vgpus, name: str) -> None:
 def test_bytes_sent_are_those_of_rings(vgpus, name: str, times: int, count: int) -> None:
     gpt, gpus = a_gpt(), vgpus[:count]
     nbytes = 4 * parameter_count(gpt)
-    sent = measure(METHODS[name](gpt, gpus, *a_batch(), 4 // count), gpus).sent
+    sent = measure(METHODS[name](gpt, gpus, *a_batch(), 1), gpus).sent
     assert sent * count == times * (count - 1) * nbytes
 
 
@@ -138,21 +140,37 @@ def test_the_device_that_sends_most_counts(vgpus) -> None:
     assert measure(step, vgpus).sent == 16
 
 
-def test_the_second_step_is_what_is_measured() -> None:
+def test_a_step_is_measured_once_with_what_it_leaves() -> None:
     kept: list[Tensor] = []
+
+    def step() -> None:
+        torch.zeros(500, device=gpus[1])
+        kept.append(torch.zeros(250, device=gpus[1]))
+
     with fresh_devices(4, SPEC) as gpus:
-        measured = measure(lambda: kept.append(torch.zeros(250, device=gpus[1])), gpus)
-    # One write of 1000 bytes, enqueued after the launch.
-    expected = SPEC.launch_overhead + 1000 / SPEC.memory_bandwidth
+        measured = measure(step, gpus)
+    # Two writes, the second of which is enqueued while the first is under way.
+    expected = SPEC.launch_overhead + 3000 / SPEC.memory_bandwidth
     # The other three do nothing; this one nothing until it is told what.
     idle = (3 + SPEC.launch_overhead / expected) / 4
     assert measured == Measurement(seconds(expected), 2000, 1000, 0, 0.0, pytest.approx(idle))
+    assert len(kept) == 1
+
+
+@each_method
+def test_the_first_step_is_like_the_second(vgpus, name: str) -> None:
+    gpus = vgpus[:2]
+    step = METHODS[name](a_gpt(), gpus, *a_batch(), 1)
+    first, second = measure(step, gpus), measure(step, gpus)
+    assert first.seconds == pytest.approx(second.seconds)
+    assert (first.sent, first.peak) == (second.sent, pytest.approx(second.peak, abs=100))
+    assert first.between_steps == pytest.approx(second.between_steps, abs=100)
 
 
 def test_data_parallelism_holds_parameters_gradients_and_moments_between_steps() -> None:
     gpt, (tokens, targets) = a_gpt(), a_batch()
     with fresh_devices(2) as gpus:
-        measured = measure(METHODS["data"](gpt, gpus, tokens, targets, 2), gpus)
+        measured = measure(METHODS["data"](gpt, gpus, tokens, targets, 1), gpus)
     assert measured.between_steps == 4 * 4 * parameter_count(gpt) + tokens.nbytes
     assert measured.peak > measured.between_steps
 
@@ -160,7 +178,6 @@ def test_data_parallelism_holds_parameters_gradients_and_moments_between_steps()
 @each_method
 def test_nothing_comes_from_the_host_in_a_step(vgpus, name: str) -> None:
     step = METHODS[name](a_gpt(), vgpus[:2], *a_batch(), 2)
-    step()
     with trace(strict=True) as t:
         step()
     assert not any("host" in route for route in t.bytes_moved)

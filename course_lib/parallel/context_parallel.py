@@ -94,7 +94,7 @@ class ContextParallelGPT(nn.Module):
         if len(tokens_BT) != len(self.devices):
             raise ValueError(f"{len(tokens_BT)} parts of tokens for {len(self.devices)} devices")
         zigzag = order_of(tokens_BT)
-        own = self._positions_of(len(self.devices) * tokens_BT[0].shape[1], zigzag)
+        own = self.positions_of(len(self.devices) * tokens_BT[0].shape[1], zigzag)
         embeddings, *layers, heads = zip(*self.replicas, strict=True)
         xs_BTD = [
             each.token(tokens) + each.position(own_T)
@@ -105,8 +105,11 @@ class ContextParallelGPT(nn.Module):
         scores = [head(x_BTD) for head, x_BTD in zip(heads, xs_BTD, strict=True)]
         return SequenceParts(scores, self.devices, zigzag)
 
-    def _positions_of(self, length: int, zigzag: bool) -> list[Tensor]:
-        """Each device's positions, made once for each length: a copy from the host waits."""
+    def positions_of(self, length: int, zigzag: bool) -> list[Tensor]:
+        """Each device's positions, made once for each length: a copy from the host waits.
+
+        Ask for them before the first step, and that one need not wait either.
+        """
         if length > self.context:
             raise ValueError(f"{length} tokens are more than this GPT can read, {self.context}")
         if (length, zigzag) not in self._positions:

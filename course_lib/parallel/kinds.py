@@ -14,6 +14,3 @@ Tensors = Sequence[Tensor]
 
 # Makes the mean loss, a scalar, of (outputs, targets).
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-# One step of training on one batch, prepared by a method.
-Step = Callable[[], None]

@@ -18,18 +18,18 @@ All three have tensor parallelism innermost. PyTorch's own is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import product
 
 import torch
 from torch import Tensor, nn
 
 from course_lib.models import GPT
-from course_lib.parallel.collectives import ring_all_reduce
 from course_lib.parallel.counting import counts_of
 from course_lib.parallel.inputs import require_devices, require_gpt, require_tokens
+from course_lib.parallel.gradient_buckets import GradientBuckets
 from course_lib.parallel.kinds import Devices
 from course_lib.parallel.split_parameter import Shards
-from course_lib.parallel.sums import are_sums, mark_as_sums
 from course_lib.parallel.tensor_parallel import ColumnLinear, CopiedNorm, ParallelBlock
 from course_lib.parallel.vocabulary import VocabularyEmbedding, vocabulary_cross_entropy
 
@@ -141,12 +141,13 @@ class MeshGPT(nn.Module):
 
     Args:
         gpt: it stays as it is.
+        bucket_bytes: how many bytes of gradients a data group sums at once, at least.
 
     Attributes:
         replicas: one for each data index.
     """
 
-    def __init__(self, gpt: GPT, mesh: Mesh) -> None:
+    def __init__(self, gpt: GPT, mesh: Mesh, bucket_bytes: int = 200_000) -> None:
         super().__init__()
         require_gpt(gpt)
         self.mesh = mesh
@@ -155,6 +156,10 @@ class MeshGPT(nn.Module):
             [[mesh.devices[mesh.rank(d, p, t)] for t in ranks] for p in stages] for d in data
         ]
         self.replicas = nn.ModuleList(MeshReplica(gpt, groups) for groups in self._groups)
+        self._buckets: list[GradientBuckets] = []
+        if len(data) > 1:
+            parts = zip(*(_parameters_by_device(replica) for replica in self.replicas), strict=True)
+            self._buckets = [GradientBuckets(list(group), bucket_bytes) for group in parts]
 
     def place(self, tokens_BT: Tensor, targets_BT: Tensor, microbatches: int) -> Placed:
         """Put a batch where a step needs it: tokens where a replica begins, targets where it ends.
@@ -193,17 +198,14 @@ class MeshGPT(nn.Module):
     def forward_backward(self, placed: Placed) -> list[Tensor]:
         """The loss and the gradients of a batch: complete on all devices, and equal in replicas.
 
-        In a replica all microbatches go forward, then all backward (GPipe). Then each device sums
-        its gradients with those of its data group.
+        In a replica all microbatches go forward, then all backward (GPipe). During the last of
+        these, each device sums its gradients with those of its data group.
 
         Args:
             placed: what :meth:`place` returned.
 
         Returns:
             The parts of the mean loss of all replicas and microbatches, scalars on their devices.
-
-        Raises:
-            RuntimeError: there are gradients of a call before, which were summed already.
         """
         parts = []
         for replica, batch in zip(self.replicas, placed, strict=True):
@@ -211,12 +213,19 @@ class MeshGPT(nn.Module):
                 [loss * share for loss in vocabulary_cross_entropy(replica(x), y)]
                 for x, y, share in batch
             ]
-            for of_a_microbatch in losses:
-                torch.autograd.backward(of_a_microbatch)
+            for left, of_a_microbatch in zip(reversed(range(len(batch))), losses, strict=True):
+                with ExitStack() as waiting:
+                    for buckets in self._buckets if left else ():
+                        waiting.enter_context(buckets.accumulate())
+                    torch.autograd.backward(of_a_microbatch)
                 parts.append(of_a_microbatch[0].detach())
-        for copies in zip(*(replica.parameters() for replica in self.replicas), strict=True):
-            gradients = [parameter.grad for parameter in copies]
-            if gradients[0] is not None and not are_sums(gradients):
-                ring_all_reduce(gradients)
-                mark_as_sums(gradients)
+        for buckets in self._buckets:
+            buckets.finish()
         return parts
+
+
+def _parameters_by_device(replica: nn.Module) -> list[nn.ParameterList]:
+    by_device: dict[torch.device, nn.ParameterList] = {}
+    for parameter in replica.parameters():
+        by_device.setdefault(parameter.device, nn.ParameterList()).append(parameter)
+    return list(by_device.values())
