@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from itertools import chain, permutations
 
-import matplotlib.pyplot as plt
-import nbformat
 import pytest
 import torch
 
 from course_lib import devices, trace
-from course_lib.models import GPT, next_token_loss
+from course_lib.models import GPT, next_token_loss, parameter_count
 from course_lib.parallel.mesh import AXES, Mesh, MeshGPT
 from course_lib.parallel.proof import largest_difference
 from course_lib.parallel.split_parameter import unsplit
-from notebook_tools import NOTEBOOKS
 
 
 def a_gpt() -> GPT:
@@ -101,22 +98,13 @@ def test_what_is_no_mesh_is_said_in_one_line(vgpus) -> None:
         model.place(*torch.randint(11, (2, 3, 8)), microbatches=2)
 
 
-def test_lesson_09_and_mesh_train_to_the_same_bits() -> None:
-    """The cells of the lesson that derive the mesh, after its set-up cell."""
-    nb = nbformat.read(NOTEBOOKS / "09_data_against_model_parallelism.ipynb", as_version=4)
-    source = {cell["id"]: cell.source for cell in nb.cells}
-    lesson: dict = {}
-    with plt.rc_context():
-        for cell_id in ("setup", "mesh", "mesh-step"):
-            exec(source[cell_id], lesson)
-    gpus = devices(8)
-    x, y = torch.randint(11, (2, 8, 8))
-    step = lesson["mesh_step"](a_gpt(), gpus, (2, 2, 2), x, y, microbatches=2)
-    model = MeshGPT(a_gpt(), Mesh(gpus, 2, 2, 2))
-    optimizer = torch.optim.AdamW(model.parameters())
-    placed = model.place(x, y, microbatches=2)
-    for _ in range(3):
-        optimizer.zero_grad()
-        parts = model.forward_backward(placed)
-        optimizer.step()
-        assert step() == pytest.approx(sum(part.item() for part in parts), abs=1e-14)
+def test_replicas_sum_their_gradients_in_buckets_and_not_one_by_one(vgpus) -> None:
+    gpt = a_gpt().float()
+    model = MeshGPT(gpt, Mesh(vgpus[:2], 2, 1, 1), bucket_bytes=4 * parameter_count(gpt))
+    placed = model.place(*torch.randint(11, (2, 4, 8)), microbatches=2)
+    with trace() as t:
+        model.forward_backward(placed)
+    # One ring for two microbatches: half of the bucket scattered, and half gathered.
+    copies = [span for span in t.spans if span.route and None not in span.route]
+    assert len(copies) == 2 * 2
+    assert t.bytes_sent(vgpus[0]) == 4 * parameter_count(gpt)

@@ -1,4 +1,4 @@
-"""Checks of lesson 09: groups of a mesh, bytes by formula, the choice of a mesh."""
+"""Checks of lesson 09: groups of a mesh, what is exposed, the choice of a mesh."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from itertools import product
 from numbers import Real
 from typing import Any
 
-from course_lib.exercises.verdict import Verdict, Wrong, check, right
+from course_lib.exercises.verdict import Verdict, Wrong, check, require_number, right
+
+Stretches = list[tuple[float, float]]
 
 NAMES = ("tensor", "pipeline", "data")
 
@@ -67,66 +69,91 @@ def _mesh_hint(ours: list[list[int]], expected: tuple[list, list, list]) -> str:
     return ""
 
 
+# Computing and copying, in seconds, and what of the copying is exposed.
+STRETCHES: list[tuple[Stretches, Stretches, float]] = [
+    ([(0, 4)], [(3, 6)], 2),
+    ([(0, 4)], [(1, 3)], 0),
+    ([(0, 1)], [(1, 3), (2, 4)], 3),
+    ([(0, 2), (5, 7)], [(1, 6)], 3),
+    ([(2, 3)], [(0, 5)], 4),
+    ([(1, 4), (0, 3)], [(2, 6)], 2),
+    ([(4, 6), (0, 2)], [(5, 9), (1, 3), (0, 1)], 4),
+    ([(0, 2), (2, 4)], [(1, 3), (8, 9)], 1),
+    ([], [(1, 2), (1, 2)], 1),
+    ([(0, 3)], [], 0),
+    ([(0, 0.25)], [(0.125, 0.5)], 0.25),
+]
+
+
 @check
-def check_bytes(bytes_sent: Callable[..., dict[str, float]]) -> Verdict:
-    """Graded on several sizes."""
-    for N, P, L, B, T, D in (
-        (8, 1_000_000, 6, 16, 64, 128),
-        (4, 500, 2, 1, 3, 5),
-        (1, 10, 1, 1, 1, 1),
-    ):
-        half = (N - 1) / N
-        expected = {
-            "data": 2 * half * 4 * P,
-            "sharded": 3 * half * 4 * P,
-            "tensor": 4 * L * 2 * half * 4 * B * T * D,
-        }
-        answer = bytes_sent(N, P, L, B, T, D)
-        where = f"for N = {N}, P = {P}, L = {L}, B = {B}, T = {T}, D = {D}: "
-        if answer is None:
-            raise Wrong("your function returned None: is a return statement missing?")
-        if not isinstance(answer, dict):
-            raise Wrong(f"return a dictionary, and not a {type(answer).__name__}.")
-        for name, wanted in expected.items():
-            if name not in answer:
-                raise Wrong(f"there is no {name!r} in what you return.")
-            ours = answer[name]
-            if not isinstance(ours, Real):
-                raise Wrong(f"{name!r} should be a number, and is a {type(ours).__name__}.")
-            if math.isclose(ours, wanted, rel_tol=1e-9):
-                continue
+def check_exposed(exposed_seconds: Callable[[Stretches, Stretches], float]) -> Verdict:
+    """Graded on stretches that overlap, contain each other, touch, and come in any order."""
+    answers = []
+    for computing, copying, _ in STRETCHES:
+        given = list(computing), list(copying)
+        answers.append(require_number(exposed_seconds(*given)))
+        if given != (computing, copying):
+            raise Wrong("your function changed the lists that it was given: leave them alone.")
+    for (computing, copying, wanted), ours in zip(STRETCHES, answers, strict=True):
+        if not math.isclose(ours, wanted, abs_tol=1e-9):
             raise Wrong(
-                f"{where}{name} sends {wanted:.10g} bytes, and yours is {ours:.10g}."
-                f"{_bytes_hint(name, ours, wanted, N, L)}"
+                f"with computing = {computing} and copying = {copying}, {wanted:g} seconds are "
+                f"exposed, and yours is {ours:g}.{_exposed_hint(answers)}"
             )
-    return right("gradients, shards and activations, by formula.")
+    return right("what hides behind computing does not count, and no second counts twice.")
 
 
-def _bytes_hint(name: str, ours: float, wanted: float, N: int, L: int) -> str:
-    """What the factor between the two says of the mistake."""
-    if N == 1:
-        return " A GPU alone sends nothing."
-    own = {
-        "data": [(1 / 2, "An all-reduce is a scatter and a gather, and so twice (N - 1)/N.")],
-        "sharded": [
-            (2 / 3, "Stage 3 gathers parameters twice, forward and backward."),
-            (1 / 3, "Stage 3 gathers parameters twice, and scatters gradients once."),
-            (4 / 3, "Stage 3 scatters gradients, and need not gather them: three, not four."),
-        ],
-        "tensor": [
-            (1 / 2, "A block has four all-reduces, and each sends twice (N - 1)/N."),
-            (1 / 4, "A block has four all-reduces, and a number 4 bytes."),
-            (1 / L, "There are L blocks."),
-        ],
+def _exposed_hint(answers: list[float]) -> str:
+    """The mistake that gives all of these answers, if there is one that does."""
+    mistakes = [_mistakes(computing, copying) for computing, copying, _ in STRETCHES]
+    for words in mistakes[0]:
+        pairs = zip(answers, mistakes, strict=True)
+        if all(math.isclose(ours, theirs[words], abs_tol=1e-9) for ours, theirs in pairs):
+            return f" {words}"
+    return ""
+
+
+def _mistakes(computing: Stretches, copying: Stretches) -> dict[str, float]:
+    """What each known mistake comes to, by the sentence that names it."""
+    exposed = _beyond(computing, copying)
+    sums = _sum(copying) - _sum(computing)
+    last_copy, last_computing = (
+        max((end for _, end in stretches), default=0) for stretches in (copying, computing)
+    )
+    same_time = "a copy hides only behind what is computed at the same time."
+    return {
+        "That is all of the copying, with what hides behind computing.": _covered(copying),
+        "Those are all copies added up, hidden or not.": _sum(copying),
+        "That is what is hidden: copied while the GPU computes.": _covered(copying) - exposed,
+        "Copies that overlap count once: add up time, and not copies.": sum(
+            _beyond(computing, [each]) for each in copying
+        ),
+        f"That is copying less computing, as sums: {same_time}": sums,
+        f"That is copying less computing, and not below 0: {same_time}": max(0, sums),
+        "Where two stretches of computing overlap, time counts once.": (
+            _covered([*computing, *copying]) - _sum(computing)
+        ),
+        "That is when the last copy ends after the last computing: copies in a gap are exposed "
+        "too.": max(0, last_copy - last_computing),
     }
-    factors = [
-        *own[name],
-        (N / (N - 1), "A GPU sends (N - 1)/N of the whole: one part is there already."),
-        (N, "This is what all GPUs send together."),
-        (1 / 4, "A number in float32 takes 4 bytes."),
-    ]
-    fitting = [words for factor, words in factors if math.isclose(ours, factor * wanted)]
-    return f" {fitting[0]}" if fitting else ""
+
+
+def _sum(stretches: Stretches) -> float:
+    return sum(end - start for start, end in stretches)
+
+
+def _covered(stretches: Stretches) -> float:
+    """Seconds in at least one of the stretches."""
+    total, done = 0.0, -math.inf
+    for start, end in sorted(stretches):
+        total += max(0.0, end - max(start, done))
+        done = max(done, end)
+    return total
+
+
+def _beyond(computing: Stretches, copying: Stretches) -> float:
+    """Seconds of copying in which nothing is computed."""
+    return _covered([*computing, *copying]) - _covered(computing)
 
 
 @check

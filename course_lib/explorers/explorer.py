@@ -46,7 +46,12 @@ class Explorer(ipywidgets.VBox):
     Args:
         draw: makes the figure; is called with one keyword argument for each control.
         controls: ipywidgets with a ``value``, by the name that ``draw`` knows them under.
+
+    Attributes:
+        working: what it says while it draws.
     """
+
+    working = WORKING
 
     def __init__(self, draw: Callable[..., Figure], **controls: ipywidgets.ValueWidget) -> None:
         self._draw = draw
@@ -69,7 +74,7 @@ class Explorer(ipywidgets.VBox):
         return {name: control.value for name, control in self._controls.items()}
 
     def _refresh(self, change: object = None) -> None:
-        self._say(WORKING)
+        self._say(self.working)
         open_before = set(plt.get_fignums())
         try:
             with style.look():

@@ -10,9 +10,9 @@ from course_lib.exercises import lesson_09
 from exercise_answers import Answers
 
 MESH = Answers("09", "mesh", lesson_09.check_mesh)
-BYTES = Answers("09", "bytes", lesson_09.check_bytes)
+EXPOSED = Answers("09", "exposed", lesson_09.check_exposed)
 CHOOSE = Answers("09", "choose", lesson_09.check_choose)
-EXERCISES = [MESH, BYTES, CHOOSE]
+EXERCISES = [MESH, EXPOSED, CHOOSE]
 
 
 # ---------------------------------------------------------------------- 1. groups of a mesh
@@ -137,130 +137,138 @@ def nothing_returned(*shape):
     along(grid(*shape), 2)
 
 
-# ---------------------------------------------------------------------- 2. bytes by formula
+# ------------------------------------------------------------------------ 2. what is exposed
 
 
-def in_order(data, sharded, tensor):
-    return {"data": data, "sharded": sharded, "tensor": tensor}
+def union(stretches):
+    """Stretches that do not overlap, in order, and cover the same time."""
+    merged = []
+    for start, end in sorted(stretches):
+        if merged and start <= merged[-1][1]:
+            merged[-1][1] = max(end, merged[-1][1])
+        else:
+            merged.append([start, end])
+    return merged
 
 
-def formulas(N, P, L, B, T, D):
-    part = (N - 1) / N * 4
-    return in_order(2 * part * P, 3 * part * P, 8 * part * L * B * T * D)
+def length(stretches):
+    return sum(end - start for start, end in stretches)
 
 
-@BYTES.right
-def whole_numbers(N, P, L, B, T, D):
-    return in_order(
-        2 * (N - 1) * 4 * P // N, 3 * (N - 1) * 4 * P // N, 8 * (N - 1) * 4 * L * B * T * D // N
-    )
+@EXPOSED.right
+def busy_less_computing(computing, copying):
+    return length(union(computing + copying)) - length(union(computing))
 
 
-@BYTES.right
-def collective_by_collective(N, P, L, B, T, D):
-    def gather(numbers):
-        return (N - 1) * (4 * numbers / N)
-
-    def all_reduce(numbers):
-        return 2 * gather(numbers)
-
-    activations = sum(all_reduce(B * T * D) for _ in range(4 * L))
-    return {"tensor": activations, "sharded": gather(P) * 3, "data": all_reduce(P)}
+@EXPOSED.right
+def copying_less_what_is_hidden(computing, copying):
+    hidden = 0
+    for start, end in union(copying):
+        for first, last in union(computing):
+            hidden += max(0, min(end, last) - max(start, first))
+    return length(union(copying)) - hidden
 
 
-@BYTES.right
-def what_is_sent_less_what_is_there(N, P, L, B, T, D):
-    return in_order(8 * P - 8 * P / N, 12 * (P - P / N), 32 * L * B * T * D * (1 - 1 / N))
+@EXPOSED.right
+def a_sweep_over_events(computing, copying):
+    events = []
+    for kind, stretches in enumerate((computing, copying)):
+        for start, end in stretches:
+            events += [(start, kind, 1), (end, kind, -1)]
+    at_work, total, before = [0, 0], 0.0, 0.0
+    for now, kind, change in sorted(events):
+        if at_work[1] and not at_work[0]:
+            total += now - before
+        at_work[kind] += change
+        before = now
+    return total
 
 
-@BYTES.right
-def and_more_than_was_asked_for(*sizes):
-    return formulas(*sizes) | {"pipeline": 0.0}
+@EXPOSED.right
+def cut_in_small_steps(computing, copying):
+    def inside(moment, stretches):
+        return any(start <= moment < end for start, end in stretches)
+
+    moments = [step / 8 for step in range(80)]
+    return sum(inside(m, copying) and not inside(m, computing) for m in moments) / 8
 
 
-@BYTES.wrong("data sends 7000000 bytes", "yours is 3500000", "a scatter and a gather")
-def half_of_an_all_reduce(*sizes):
-    return {name: nbytes / 2 for name, nbytes in formulas(*sizes).items()}
+@EXPOSED.wrong("computing = [(0, 4)]", "2 seconds are exposed, and yours is 3", "hides behind")
+def all_of_the_copying(computing, copying):
+    return length(union(copying))
 
 
-@BYTES.wrong("data sends 7000000 bytes", "yours is 8000000", "(N - 1)/N of the whole")
-def whole_tensors(N, P, L, B, T, D):
-    return in_order(8 * P, 12 * P, 32 * L * B * T * D)
+@EXPOSED.wrong("yours is 3", "all copies added up, hidden or not")
+def all_copies(computing, copying):
+    return length(copying)
 
 
-@BYTES.wrong("tensor sends", "four all-reduces")
-def two_all_reduces_a_block(*sizes):
-    right = formulas(*sizes)
-    return right | {"tensor": right["tensor"] / 2}
+@EXPOSED.wrong("2 seconds are exposed, and yours is 1", "That is what is hidden")
+def what_is_hidden(computing, copying):
+    return length(union(copying)) - busy_less_computing(computing, copying)
 
 
-@BYTES.wrong("tensor sends", "There are L blocks")
-def one_block(N, P, L, B, T, D):
-    return formulas(N, P, L, B, T, D) | {"tensor": formulas(N, P, 1, B, T, D)["tensor"]}
+@EXPOSED.wrong("copying = [(1, 3), (2, 4)], 3 seconds", "yours is 4", "overlap count once")
+def copy_by_copy(computing, copying):
+    return sum(busy_less_computing(computing, [each]) for each in copying)
 
 
-@BYTES.wrong("sharded sends 10500000", "gathers parameters twice, forward and backward")
-def sharded_like_data(*sizes):
-    right = formulas(*sizes)
-    return right | {"sharded": right["data"]}
+@EXPOSED.wrong("yours is -1", "copying less computing, as sums")
+def a_difference_of_sums(computing, copying):
+    return length(copying) - length(computing)
 
 
-@BYTES.wrong("sharded sends 10500000", "three, not four")
-def sharded_with_a_whole_all_reduce(*sizes):
-    right = formulas(*sizes)
-    return right | {"sharded": 2 * right["data"]}
+@EXPOSED.wrong("yours is 0", "copying less computing, and not below 0")
+def a_difference_of_sums_not_below_zero(computing, copying):
+    return max(0, length(copying) - length(computing))
 
 
-@BYTES.wrong("sharded sends 10500000", "yours is 3500000", "scatters gradients once")
-def sharded_without_its_gathers(*sizes):
-    right = formulas(*sizes)
-    return right | {"sharded": right["data"] / 2}
+@EXPOSED.wrong("computing = [(1, 4), (0, 3)]", "2 seconds", "yours is 0", "stretches of computing")
+def computing_counted_twice(computing, copying):
+    return length(union(computing + copying)) - length(computing)
 
 
-@BYTES.wrong("data sends 7000000 bytes", "yours is 1750000", "4 bytes")
-def numbers_and_not_bytes(*sizes):
-    return {name: nbytes / 4 for name, nbytes in formulas(*sizes).items()}
+@EXPOSED.wrong("copying = [(1, 6)], 3 seconds", "yours is 0", "copies in a gap")
+def the_tail_alone(computing, copying):
+    last_copy = max((end for _, end in copying), default=0)
+    return max(0, last_copy - max((end for _, end in computing), default=0))
 
 
-@BYTES.wrong("yours is 56000000", "all GPUs send together")
-def all_gpus_together(N, *others):
-    return {name: nbytes * N for name, nbytes in formulas(N, *others).items()}
+@EXPOSED.wrong("computing = [(0, 2), (5, 7)]", "3 seconds are exposed, and yours is 4.")
+def hidden_by_the_first_stretch_alone(computing, copying):
+    return busy_less_computing(computing[:1], copying)
 
 
-@BYTES.wrong("for N = 1", "data sends 0 bytes", "alone sends nothing")
-def a_gpu_alone_that_sends(N, *others):
-    return formulas(N, *others) if N > 1 else in_order(80, 120, 32)
+@EXPOSED.wrong("yours is 2.")
+def twos(computing, copying):
+    return 2
 
 
-@BYTES.wrong("data sends 7000000 bytes", "yours is 0.")
-def a_division_too_early(N, P, L, B, T, D):
-    return in_order(*(0 * ((N - 1) // N) for _ in range(3)))
+@EXPOSED.wrong("changed the lists")
+def sorted_in_place(computing, copying):
+    computing.sort()
+    copying.sort()
+    return busy_less_computing(computing, copying)
 
 
-@BYTES.wrong("data sends 7000000", "yours is nan")
-def not_a_number(*sizes):
-    return formulas(*sizes) | {"data": float("nan")}
+@EXPOSED.wrong("yours is nan")
+def not_a_number(computing, copying):
+    return float("nan")
 
 
-@BYTES.wrong("there is no 'sharded'")
-def a_key_missing(*sizes):
-    right = formulas(*sizes)
-    return {name: right[name] for name in ("data", "tensor")}
+@EXPOSED.wrong("should return a number, and returned a list")
+def the_stretches(computing, copying):
+    return union(copying)
 
 
-@BYTES.wrong("'tensor' should be a number, and is a NoneType")
-def a_value_missing(*sizes):
-    return formulas(*sizes) | {"tensor": None}
+@EXPOSED.wrong("stopped with ValueError")
+def no_computing_was_not_thought_of(computing, copying):
+    return min(start for start, _ in computing) * 0 + busy_less_computing(computing, copying)
 
 
-@BYTES.wrong("return a dictionary, and not a tuple")
-def a_tuple(*sizes):
-    return tuple(formulas(*sizes).values())
-
-
-@BYTES.wrong("returned None", "return statement")
-def no_bytes(*sizes):
-    formulas(*sizes)
+@EXPOSED.wrong("returned None", "return statement")
+def no_seconds(computing, copying):
+    busy_less_computing(computing, copying)
 
 
 # -------------------------------------------------------------------- 3. the choice of a mesh
