@@ -69,4 +69,5 @@ def _measured(width: int, batch: str, count: int, link: float) -> dict[str, Meas
     )
     sequences, length = BATCHES[batch]
     gpt = GPT(65, context=length, width=width, heads=8, depth=4, tied=False)
-    return comparison.compare(gpt, sequences, length, count, spec, METHODS)
+    measured = comparison.compare(gpt, sequences, length, count, spec, METHODS)
+    return {name: m for name, m in measured.items() if m is not None}

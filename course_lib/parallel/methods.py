@@ -10,7 +10,7 @@ gradients go round rings, as soon as they are there; a device works on equally m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
@@ -18,6 +18,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from course_lib.models import GPT, next_token_loss
 from course_lib.parallel.context_parallel import (
@@ -45,7 +46,7 @@ Step = Callable[[], list[Tensor]]
 Method = Callable[[GPT, Devices, Tensor, Tensor, int], Step]
 
 
-def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def adamw(parameters: ParamsT) -> torch.optim.Optimizer:
     """AdamW that has its moments at once, and not after its first step only."""
     optimizer = torch.optim.AdamW(parameters)
     for parameter in chain(*(group["params"] for group in optimizer.param_groups)):
@@ -86,10 +87,10 @@ def context_parallel_step(
 
 
 def replicated_step(
-    replicas: list[nn.Module], pieces: list[tuple], backward: Callable[..., list[Tensor]]
+    replicas: Sequence[nn.Module], pieces: list[tuple], backward: Callable[..., list[Tensor]]
 ) -> Step:
     """Accumulate over the pieces; gradients go round while the last one is computed."""
-    buckets = GradientBuckets(replicas, BUCKET_BYTES)
+    buckets = GradientBuckets(list(replicas), BUCKET_BYTES)
     optimizer = adamw(nn.ModuleList(replicas).parameters())
 
     def step() -> list[Tensor]:
