@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from course_lib.models import GPT
 from course_lib.parallel.counting import counts_of
-from course_lib.parallel.inputs import require_devices, require_gpt, require_tokens
 from course_lib.parallel.gradient_buckets import GradientBuckets
+from course_lib.parallel.inputs import require_devices, require_gpt, require_tokens
 from course_lib.parallel.kinds import Devices
 from course_lib.parallel.split_parameter import Shards
 from course_lib.parallel.tensor_parallel import ColumnLinear, CopiedNorm, ParallelBlock
