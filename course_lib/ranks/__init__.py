@@ -23,7 +23,7 @@ How it works, in the order to read it:
 * ``meetings``        a collective happens when its last rank comes, from the moments of all;
 * ``point_to_point``  sending and receiving;
 * ``works``           what ``async_op=True`` returns, and what waits for what;
-* ``process_group``   the class that ``torch.distributed`` calls;
+* ``group_identity``, ``process_group``  the class that ``torch.distributed`` calls;
 * ``functional``      the collectives that DTensor calls;
 * ``store``           keys and values that all ranks share;
 * ``distributed``     what of ``torch.distributed`` is each rank's own, while ranks run;

@@ -157,6 +157,31 @@ class Communicator:
         )
 
 
+class Part:
+    """One rank's part in a meeting: what its work waits for."""
+
+    def __init__(
+        self, communicator: Communicator, meeting: Meeting, rank: int, name: str, number: int
+    ) -> None:
+        self._communicator, self._meeting, self._rank = communicator, meeting, rank
+        self._name, self._number = name, number
+
+    def is_over(self) -> bool:
+        return self._meeting.is_over
+
+    def end(self) -> Event | None:
+        return self._meeting.ends[self._rank] if self._meeting.ends else None
+
+    def host_seconds(self) -> float:
+        return self._meeting.host
+
+    def __str__(self) -> str:
+        missing = self._communicator.missing(self._meeting)
+        who = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
+        what = f"{self._name}, number {self._number + 1} of {self._communicator.title}"
+        return f"in {what}, for {who}"
+
+
 @contextmanager
 def _host_stands_still() -> Iterator[None]:
     """What is enqueued in the block takes no time of any host.

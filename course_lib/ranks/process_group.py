@@ -17,49 +17,19 @@ from torch.distributed import ReduceOp
 
 from course_lib.ranks import calls
 from course_lib.ranks.calls import Call
-from course_lib.ranks.meetings import Communicator, Meeting
+from course_lib.ranks.group_identity import GroupIdentity
+from course_lib.ranks.meetings import Communicator, Part
 from course_lib.ranks.point_to_point import RECEIVE, SEND, Exchange
 from course_lib.ranks.reductions import Reduction
 from course_lib.ranks.where import line_here
 from course_lib.ranks.works import Pending, Together, Work
 from course_lib.virtual.machine import machine
-from course_lib.virtual.spec import DEVICE_TYPE
-from course_lib.virtual.streams import Event
 
 if TYPE_CHECKING:
     from course_lib.ranks.running import Run
 
 
-class Part:
-    """One rank's part in a meeting: what its work waits for."""
-
-    def __init__(
-        self, communicator: Communicator, meeting: Meeting, rank: int, name: str, number: int
-    ) -> None:
-        self._communicator, self._meeting, self._rank = communicator, meeting, rank
-        self._name, self._number = name, number
-
-    def is_over(self) -> bool:
-        return self._meeting.is_over
-
-    def end(self) -> Event | None:
-        return self._meeting.ends[self._rank] if self._meeting.ends else None
-
-    def host_seconds(self) -> float:
-        return self._meeting.host
-
-    def __str__(self) -> str:
-        missing = self._communicator.missing(self._meeting)
-        who = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
-        what = f"{self._name}, number {self._number + 1} of {self._communicator.title}"
-        return f"in {what}, for {who}"
-
-
-# PyTorch's stub lists every way of calling each method; its own code calls them in one.
-_ProcessGroup: Any = dist.ProcessGroup
-
-
-class RankGroup(_ProcessGroup):
+class RankGroup(GroupIdentity):
     """One rank's view of a group of ranks.
 
     Args:
@@ -70,77 +40,9 @@ class RankGroup(_ProcessGroup):
     def __init__(
         self, run: Run, communicator: Communicator, exchange: Exchange, rank: int, store: dist.Store
     ) -> None:
-        super().__init__(rank, len(communicator.ranks))
-        self._run, self._communicator, self._exchange = run, communicator, exchange
-        self._rank, self._store = rank, store
-        self._name = self._description = "undefined"
+        super().__init__(run, communicator, rank, store)
+        self._exchange = exchange
         self._together: list[dist.Work] | None = None
-
-    # ------------------------------------------------------------------ who it is
-
-    def getBackendName(self) -> str:
-        return "virtual ranks"
-
-    def getSize(self) -> int:
-        return len(self._communicator.ranks)
-
-    def _get_backend_name(self) -> str:
-        return "virtual ranks"
-
-    @property
-    def _device_types(self) -> list[torch.device]:
-        return [torch.device("cpu"), torch.device(DEVICE_TYPE)]
-
-    def _get_backend(self, device: torch.device) -> RankGroup:
-        return self
-
-    supports_splitting = supports_coalescing = supports_time_estimate = False
-
-    def supports_tensor_alloc(self, device: torch.device) -> bool:
-        return False
-
-    def _set_group_name(self, name: str) -> None:
-        self._name = name
-
-    def _set_group_desc(self, description: str) -> None:
-        self._description = description
-
-    @property
-    def group_name(self) -> str:
-        return self._name
-
-    @property
-    def group_desc(self) -> str:
-        return self._description
-
-    def getGroupName(self) -> str:
-        return self._name
-
-    def getGroupDesc(self) -> str:
-        return self._description
-
-    def get_group_store(self) -> dist.Store:
-        return self._store
-
-    def set_timeout(self, timeout: Any) -> None:
-        """A wait that cannot end is a deadlock, and named at once."""
-
-    def _set_sequence_number_for_group(self) -> None:
-        """Calls are numbered where the ranks meet."""
-
-    def _has_hooks(self) -> bool:
-        return False
-
-    def _wait_for_pending_works(self) -> None:
-        self._run.finish_pending()
-
-    def shutdown(self) -> None:
-        """Nothing is to be freed."""
-
-    abort = shutdown
-
-    def __repr__(self) -> str:
-        return f"<{self._communicator.title}, seen by its rank {self._rank}>"
 
     # ------------------------------------------------------------------ collectives
 
