@@ -1,4 +1,4 @@
-# Needs only Python 3.11 or newer, git and make. Everything is installed into .venv.
+# Needs only Python 3.11 to 3.13, git and make. Everything is installed into .venv.
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -80,7 +80,7 @@ test-with: ## Run the unit tests under another PyTorch (TORCH=2.14.1)
 	@echo "Installing PyTorch $(TORCH) and everything else in $(OTHER) (minutes, the first time) ..."
 	@sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(OTHER)/constraints.txt
 	@$(OTHER)/$(SCRIPTS)/python -m pip install -q -c $(OTHER)/constraints.txt -e ".[lab,test]"
-	COURSE_DEVICES=virtual OMP_NUM_THREADS=1 JUPYTER_PATH=$(CURDIR)/$(OTHER)/share/jupyter \
+	COURSE_DEVICES=virtual OMP_NUM_THREADS=1 JUPYTER_PATH=$(abspath $(OTHER))/share/jupyter \
 	  $(OTHER)/$(SCRIPTS)/python -m pytest $(UNIT) tests
 
 notebooks: $(STAMP) ## Run the notebooks anew and keep their outputs (one: NB=notebooks/02_x.ipynb)
@@ -130,8 +130,8 @@ clean: ## Remove caches and build leftovers (.venv stays)
 # torch first, at its pin: then nothing installed later can bring another build of it.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) --version >/dev/null 2>&1 || { \
-	  $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
-	    echo "Python 3.11 or newer is needed. If you have one: make PYTHON=python3.11 ..." >&2; exit 1; }; \
+	  $(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" || { \
+	    echo "Python 3.11 to 3.13 is needed. If you have one: make PYTHON=python3.13 ..." >&2; exit 1; }; \
 	  echo "Making a virtual environment in $(VENV) ..."; $(PYTHON) -m venv $(VENV); }
 	@echo "Installing PyTorch (minutes, the first time) ..."
 	@$(PIP) install -q -c constraints.txt torch
