@@ -44,10 +44,11 @@ def explore_methods() -> Explorer:
             )
         ax.set(xlabel="milliseconds a step (simulated)", xlim=(0, 1.45 * max(*milliseconds, 1)))
         fitting = [name for name in measured if fits[name]]
-        fastest = min(fitting, key=lambda name: measured[name].seconds) if fitting else "none"
-        ax.set_title(
-            f"{count} GPUs of {memory} MB, {batch} tokens: the fastest that fits is {fastest}"
-        )
+        verdict = "no method fits"
+        if fitting:
+            fastest = min(fitting, key=lambda name: measured[name].seconds)
+            verdict = f"the fastest that fits is {fastest}"
+        ax.set_title(f"{count} GPUs of {memory} MB, {batch} tokens: {verdict}")
         ax.invert_yaxis()
         return figure
 
