@@ -111,6 +111,7 @@ def answer(page: sync_api.Page, cell_id: str, source: str) -> None:
 def test_a_lesson_runs_its_slider_moves_answers_are_judged_and_all_is_there_when_reopened(
     browser: sync_api.Browser, page: sync_api.Page, server: str
 ) -> None:
+    page.get_by_text("| Idle").wait_for()  # what is run before the kernel is there is forgotten
     page.get_by_role("button", name="Restart the kernel and run all cells").click()
     page.locator(".jp-Dialog .jp-mod-accept").click()
 
