@@ -52,18 +52,25 @@ def check_fit(lowest_stage: Callable[[float, int, float], int | None]) -> Verdic
             )
             raise Wrong(
                 f"{case}: {expected} is right, and yours is {ours!r}."
-                f"{_fit_mistake(ours, parameters, count, memory)}"
+                f"{_fit_mistake(ours, expected, parameters, count, memory)}"
             )
     return right("the lowest stage that fits, on both sides of each limit.")
 
 
-def _fit_mistake(ours: object, parameters: float, count: int, memory: float) -> str:
-    """What the stage takes that was returned, "" if none was."""
+def _fit_mistake(
+    ours: object, expected: int | None, parameters: float, count: int, memory: float
+) -> str:
+    """What the stage takes that was returned, and a lower one that fits; "" if none was."""
     if isinstance(ours, bool) or ours not in (0, 1, 2, 3):
         return ""
-    needed = parameters * (16, 4 + 12 / count, 2 + 14 / count, 16 / count)[int(ours)]
-    fits = " and fits, and a lower one fits as well" if needed <= memory else " and does not fit"
-    return f" Stage {ours} takes {needed / 1e9:g} GB{fits}."
+    laws = (16, 4 + 12 / count, 2 + 14 / count, 16 / count)
+    needed = [parameters * law for law in laws]
+    said = f" Stage {ours} takes {needed[int(ours)] / 1e9:g} GB"
+    if needed[int(ours)] > memory or expected is None:
+        return f"{said} and does not fit."
+    exactly = "exactly " if needed[expected] == memory else ""
+    lower = f"stage {expected} takes {exactly}{needed[expected] / 1e9:g} GB"
+    return f"{said} and fits, and a lower one fits as well: {lower}."
 
 
 def _gpus(count: int) -> str:
@@ -193,7 +200,7 @@ def check_back(sharded_linear: Callable[..., Sequence[Tensor]]) -> Verdict:
         kept = (hardware.memory_in_use(gpus[0]) - before) / whole
         judge_outputs(values, inputs, weights, gpus)
         with timeline.trace() as backward:
-            torch.autograd.backward([value.square().sum() for value in values])
+            _backward_of_a_function([value.square().sum() for value in values])
         del values
         peak = (max(backward.peak_memory) - before) / whole
         bytes_sent = [max(t.bytes_sent(g) for g in gpus) for t in (forward, backward)]
@@ -231,6 +238,19 @@ def check_back(sharded_linear: Callable[..., Sequence[Tensor]]) -> Verdict:
         return right("gone after forward, back for backward, and only shards of gradients.", facts)
 
 
+def _backward_of_a_function(losses: list[Tensor]) -> None:
+    """Go backward; what autograd says of the gradients that an operation returned is told so."""
+    try:
+        torch.autograd.backward(losses)
+    except RuntimeError as error:
+        if "returned an in" not in str(error):  # an invalid gradient, an incorrect number of them
+            raise
+        raise Wrong(
+            "your backward must return one gradient for each argument of `apply`, of its shape and "
+            f"in the same order. Autograd says: {str(error).splitlines()[0]}"
+        ) from None
+
+
 @check
 def check_hook(scatter_in_hooks: Callable[[list[nn.Module], list[dict]], None]) -> Verdict:
     """Graded on the shards, on what is left in memory and at the peak, and on the bytes."""
@@ -238,17 +258,15 @@ def check_hook(scatter_in_hooks: Callable[[list[nn.Module], list[dict]], None]) 
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(depth)))
     with hardware.fresh_devices(count) as gpus:
         replicas, inputs = replicate(model, gpus), torch.randn(count, 2, width)
-        values = [x.to(gpu) for x, gpu in zip(inputs, gpus, strict=True)]
-        for layers in zip(*replicas, strict=True):  # so that backward comes layer by layer, too
-            values = [layer(x) for layer, x in zip(layers, values, strict=True)]
-        losses = [value.square().sum() for value in values]
+        losses = _losses_layer_by_layer(replicas, inputs, gpus)
         shards: list[dict] = [{} for _ in gpus]
         unchanged = Unchanged({f"a parameter on {r[0].weight.device}": r for r in replicas})
+        waiting = _count_gradients_at_the_end(replicas[0])
         scatter_in_hooks(list(replicas), shards)
         before = hardware.memory_in_use(gpus[0])
         with timeline.trace() as t:
             torch.autograd.backward(losses)
-        del losses, values
+        del losses
         whole = width * width * 4
         sent, least = max(t.bytes_sent(gpu) for gpu in gpus), depth * (count - 1) * whole // count
         peak = max(t.peak_memory) - before
@@ -266,12 +284,49 @@ def check_hook(scatter_in_hooks: Callable[[list[nn.Module], list[dict]], None]) 
         for shard in (each for own in shards for each in own.values()):
             require_own_memory(shard, facts)
         if peak > 6 * whole:
+            raise Wrong(_hook_memory_mistake(peak / whole, waiting, depth), facts)
+        for own in shards:
+            own.clear()
+        torch.autograd.backward(_losses_layer_by_layer(replicas, inputs, gpus))
+        if any(len(own) < depth for own in shards):
             raise Wrong(
-                f"at the peak there are {peak / whole:.1f} whole gradients more than before: "
-                "something, such as a list, holds them when they have been scattered.",
+                "the first backward leaves the right shards, and a second one does not: does "
+                "something still count the gradients of the first?",
                 facts,
             )
         return right("scattered as they came, and nothing whole is left.", facts)
+
+
+def _losses_layer_by_layer(
+    replicas: Sequence[nn.Module], inputs: Tensor, gpus: list[torch.device]
+) -> list[Tensor]:
+    """Each replica's loss; all compute a layer before the next, so that backward does so, too."""
+    values = [x.to(gpu) for x, gpu in zip(inputs, gpus, strict=True)]
+    for layers in zip(*(replica.children() for replica in replicas), strict=True):
+        values = [layer(x) for layer, x in zip(layers, values, strict=True)]
+    return [value.square().sum() for value in values]
+
+
+def _count_gradients_at_the_end(replica: nn.Module) -> list[int]:
+    """A list that gets how many gradients are in .grad when that of the first layer comes, last."""
+    counts: list[int] = []
+
+    def count(_: Tensor) -> None:
+        counts.append(sum(each.grad is not None for each in replica.parameters()))
+
+    next(replica.parameters()).register_post_accumulate_grad_hook(count)
+    return counts
+
+
+def _hook_memory_mistake(peak: float, waiting: list[int], depth: int) -> str:
+    """What is said of ``peak`` whole gradients, if ``waiting[0]`` were in .grad at the end."""
+    said = f"at the peak there are {peak:.1f} whole gradients more than before: "
+    if waiting[0] > depth // 2:
+        return (
+            f"{said}when the last one came, {waiting[0]} of {depth} were still whole in .grad. "
+            "Scatter each as soon as all replicas have it."
+        )
+    return f"{said}something, such as a list, holds them when they have been scattered."
 
 
 def _judge_shards(
@@ -286,8 +341,11 @@ def _judge_shards(
                 raise Wrong(f"shards[{rank}] has no {name!r} after backward.", facts)
             shard = ours[name]
             if not isinstance(shard, Tensor) or shard.device != gpu or shard.shape != wanted.shape:
+                is_tensor = isinstance(shard, Tensor)
+                kind = f"on {shard.device}, of shape {tuple(shard.shape)}" if is_tensor else "none"
                 raise Wrong(
-                    f"shards[{rank}][{name!r}] should be on {gpu}, of shape {tuple(wanted.shape)}.",
+                    f"shards[{rank}][{name!r}] should be a tensor on {gpu}, of shape "
+                    f"{tuple(wanted.shape)}, and is {kind}.",
                     facts,
                 )
             require_finite([shard], f"shards[{rank}][{name!r}]")

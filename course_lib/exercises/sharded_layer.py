@@ -29,7 +29,11 @@ def judge_outputs(
         if not torch.allclose(out.detach().cpu(), x, atol=1e-4):
             raise Wrong(f"the output on {gpu} is not x Wᵀ.")
         if not out.requires_grad:
-            raise Wrong(f"the output on {gpu} has no way back: no gradient will reach its input.")
+            raise Wrong(
+                f"the output on {gpu} has no way back: no gradient will reach its input. Autograd "
+                "follows tensors that `apply` gets one by one, none in a list, and nothing under "
+                "no_grad."
+            )
 
 
 def judge_gradients(

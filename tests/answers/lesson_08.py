@@ -62,7 +62,7 @@ def the_highest_stage(parameters, count, memory):
     return fitting[-1] if fitting else None
 
 
-@FIT.wrong("5 billion parameters on 4 GPUs of 80 GB: 0 is right, and yours is 1")
+@FIT.wrong("0 is right, and yours is 1", "a lower one fits as well: stage 0 takes exactly 80 GB")
 def less_than(parameters, count, memory):
     return next((s for s, nbytes in enumerate(needed(parameters, count)) if nbytes < memory), None)
 
@@ -515,6 +515,51 @@ def without_a_graph(xs, shards):
         return a_function_of_all_gpus(xs, shards)
 
 
+@BACK.wrong("the output on vgpu:0 has no way back", "none in a list")
+def lists_given_to_apply(xs, shards):
+    class Layer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, xs, shards):
+            return tuple(F.linear(*each) for each in zip(xs, all_gather(shards), strict=True))
+
+    return Layer.apply(xs, shards)
+
+
+@BACK.wrong("one gradient for each argument", "in the same order", unsaid="looked at")
+def gradients_in_another_order(xs, shards):
+    class Layer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            ctx.save_for_backward(*tensors)
+            xs, shards = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+            return tuple(F.linear(*each) for each in zip(xs, all_gather(shards), strict=True))
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            xs, shards = ctx.saved_tensors[: len(gradients)], ctx.saved_tensors[len(gradients) :]
+            back = [g @ weight for g, weight in zip(gradients, all_gather(shards), strict=True)]
+            return (*copied_parts([g.T @ x for g, x in zip(gradients, xs, strict=True)]), *back)
+
+    return Layer.apply(*xs, *shards)
+
+
+@BACK.wrong("one gradient for each argument", "incorrect number of gradients", unsaid="looked at")
+def gradients_of_the_inputs_alone(xs, shards):
+    class Layer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            ctx.save_for_backward(*tensors[len(tensors) // 2 :])
+            xs, shards = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+            return tuple(F.linear(*each) for each in zip(xs, all_gather(shards), strict=True))
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            weights = all_gather(ctx.saved_tensors)
+            return tuple(g @ weight for g, weight in zip(gradients, weights, strict=True))
+
+    return Layer.apply(*xs, *shards)
+
+
 @BACK.wrong("NaN", "the gradient of layer")
 def gradients_that_are_no_numbers(xs, shards):
     def scatter(gradients):
@@ -663,7 +708,52 @@ def no_hooks(replicas, shards):
     pass
 
 
-@HOOK.wrong("something, such as a list, holds them")
+@HOOK.wrong("should be a tensor on vgpu:0, of shape (32, 128), and is on vgpu:0, of shape (4096,)")
+def shards_of_a_row(replicas, shards):
+    def reduce(name, copies):
+        parts = reduce_scatter([parameter.grad.flatten() for parameter in copies])
+        keep_shards(shards, name, copies, [part.clone() for part in parts])
+
+    when_all_have_it(replicas, reduce)
+
+
+@HOOK.wrong("10 of 10 were still whole in .grad", "as soon as", unsaid="such as a list")
+def all_at_the_end_of_backward(replicas, shards):
+    came = []
+
+    def on_gradient(parameter):
+        came.append(parameter)
+        if len(came) == sum(len(list(replica.parameters())) for replica in replicas):
+            came.clear()
+            for name, _ in replicas[0].named_parameters():
+                copies = [replica.get_parameter(name) for replica in replicas]
+                parts = reduce_scatter([parameter.grad for parameter in copies])
+                keep_shards(shards, name, copies, [part.clone() for part in parts])
+
+    for replica in replicas:
+        for parameter in replica.parameters():
+            parameter.register_post_accumulate_grad_hook(on_gradient)
+
+
+@HOOK.wrong("a second one does not", "still count")
+def counted_on_and_on(replicas, shards):
+    def add_hooks(name, copies):
+        came = []
+
+        def on_gradient(parameter):
+            came.append(name)
+            if len(came) == len(copies):
+                parts = reduce_scatter([each.grad for each in copies])
+                keep_shards(shards, name, copies, [part.clone() for part in parts])
+
+        for parameter in copies:
+            parameter.register_post_accumulate_grad_hook(on_gradient)
+
+    for name, _ in replicas[0].named_parameters():
+        add_hooks(name, [replica.get_parameter(name) for replica in replicas])
+
+
+@HOOK.wrong("something, such as a list, holds them", unsaid="still whole in .grad")
 def gradients_kept_in_a_list(replicas, shards):
     scattered = []
 
