@@ -42,7 +42,11 @@ def check_gather(gather_neurons: Callable[[list[Tensor]], Sequence[Tensor]]) -> 
             gradient = torch.randn_like(whole)
             for out in outs:
                 if not out.requires_grad:
-                    raise Wrong(f"{where}the results have no way back to the parts: detached.")
+                    raise Wrong(
+                        f"{where}the results have no way back to the parts. Autograd follows "
+                        "tensors that `apply` gets one by one, none in a list, and nothing that "
+                        "was detached."
+                    )
             copies = [gradient.to(gpu) for gpu in gpus]  # the same work on every GPU
             with timeline.trace() as backward:
                 torch.autograd.backward(list(outs), copies)

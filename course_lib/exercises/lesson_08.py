@@ -200,7 +200,7 @@ def check_back(sharded_linear: Callable[..., Sequence[Tensor]]) -> Verdict:
         kept = (hardware.memory_in_use(gpus[0]) - before) / whole
         judge_outputs(values, inputs, weights, gpus)
         with timeline.trace() as backward:
-            _backward_of_a_function([value.square().sum() for value in values])
+            torch.autograd.backward([value.square().sum() for value in values])
         del values
         peak = (max(backward.peak_memory) - before) / whole
         bytes_sent = [max(t.bytes_sent(g) for g in gpus) for t in (forward, backward)]
@@ -236,19 +236,6 @@ def check_back(sharded_linear: Callable[..., Sequence[Tensor]]) -> Verdict:
                 facts,
             )
         return right("gone after forward, back for backward, and only shards of gradients.", facts)
-
-
-def _backward_of_a_function(losses: list[Tensor]) -> None:
-    """Go backward; what autograd says of the gradients that an operation returned is told so."""
-    try:
-        torch.autograd.backward(losses)
-    except RuntimeError as error:
-        if "returned an in" not in str(error):  # an invalid gradient, an incorrect number of them
-            raise
-        raise Wrong(
-            "your backward must return one gradient for each argument of `apply`, of its shape and "
-            f"in the same order. Autograd says: {str(error).splitlines()[0]}"
-        ) from None
 
 
 @check

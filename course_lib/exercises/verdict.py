@@ -96,6 +96,11 @@ def _what_stopped(error: Exception, answers: tuple[object, ...]) -> str:
     name, lines = type(error).__name__, str(error).splitlines()
     what = f"{name}: {lines[0]}" if lines else f"a bare {name}."
     line = _line_of_the_answer(error, answers)
+    if line is None and "Backward returned an in" in what:  # an invalid gradient; a wrong number
+        return (
+            "your backward must return one gradient for each argument of `apply`, of its shape and "
+            f"in the same order. Autograd says: {lines[0]}"
+        )
     if line is None:
         return (
             "your code ran, and what it returned or changed could not be looked at. The check "

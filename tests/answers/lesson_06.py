@@ -94,6 +94,21 @@ def without_a_graph(parts):
     return side_by_side([part.detach() for part in parts])
 
 
+@GATHER.wrong("no way back", "none in a list")
+def a_list_given_to_apply(parts):
+    class Gather(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, parts):
+            return tuple(side_by_side(parts))
+
+    return Gather.apply(parts)
+
+
+@GATHER.wrong("one gradient for each argument of `apply`, of its shape", unsaid="looked at")
+def the_whole_gradient_for_each_part(parts):
+    return bordered(lambda gradients: gradients)(parts)
+
+
 @GATHER.wrong("no gradient arrives")
 def nothing_on_the_way_back(parts):
     return bordered(lambda gradients: [torch.zeros_like(g) for g in own_columns(gradients)])(parts)
