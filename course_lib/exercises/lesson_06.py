@@ -65,6 +65,11 @@ def _judge_gradients(ours: Tensor, gradient: Tensor, count: int, where: str) -> 
             f"{where}each part gets {count} times its gradient. All GPUs' gradients are equal, "
             "copies of one: they are not to be added."
         )
+    if torch.allclose(count * ours, gradient):
+        raise Wrong(
+            f"{where}each part gets its gradient divided by {count}. All GPUs' gradients are "
+            "copies of one, and that one is whole."
+        )
     if not ours.any():
         raise Wrong(f"{where}no gradient arrives at the parts.")
     first = torch.cat([gradient[:, : gradient.shape[1] // count]] * count, 1)
@@ -190,7 +195,9 @@ def _require_indices(best: object, rows: int, home: torch.device) -> None:
     if best.device != home:
         raise Wrong(f"the result is on {best.device}, and should be on {home}.")
     if best.is_floating_point():
-        raise Wrong(f"indices are whole numbers, and these are {best.dtype}. Are they scores?")
+        whole = torch.equal(best.detach(), best.detach().round())
+        remedy = "Add `.long()`." if whole else "Are they scores?"
+        raise Wrong(f"indices are whole numbers, and these are {best.dtype}. {remedy}")
 
 
 def _best_mistake(best: Tensor, scores: Tensor, sizes: list[int]) -> str | None:
@@ -221,6 +228,8 @@ def check_block(block_costs: Callable[[int, int, int, int], tuple[float, float]]
             raise Wrong("return two numbers: operations of one GPU, and bytes that it sends.")
         case = f"for B={B}, T={T}, D={D}, N={N}"
         operations, nbytes = (require_number(each) for each in answer)
+        if math.isclose(operations, sent) and math.isclose(nbytes, flops):
+            raise Wrong("the operations come first and the bytes second, and yours are exchanged.")
         if not math.isclose(operations, flops):
             raise Wrong(
                 f"{case} you count {operations:,.0f} operations and the meter {flops:,.0f}. "
@@ -271,7 +280,8 @@ def _bytes_mistake(ours: float, sent: float, tensor: int, N: int) -> str:
         sent / 2: "That is half: a block has two all-reduces, a ring has two halves, and a number "
         "has four bytes.",
         sent / 4: "That is a quarter: is it numbers, and not bytes?",
-        sent * 2: "That is twice as many: only forward was asked for.",
+        sent * 2: "That is twice as many: only forward was asked for, and its four layers have two "
+        "all-reduces.",
         sent * N: "That is what all GPUs send together.",
         sent / N: "Each GPU sends one N-th of a tensor in each of the ring's 2·(N - 1) rounds, and "
         "there are two rings.",

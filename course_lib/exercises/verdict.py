@@ -6,6 +6,7 @@ import _thread
 import html
 import linecache
 import random
+import re
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -97,9 +98,11 @@ def _what_stopped(error: Exception, answers: tuple[object, ...]) -> str:
     what = f"{name}: {lines[0]}" if lines else f"a bare {name}."
     line = _line_of_the_answer(error, answers)
     if line is None and "Backward returned an in" in what:  # an invalid gradient; a wrong number
+        # Autograd's own name for it is the class's with a word behind it, which nobody wrote.
+        said = re.sub(r"^[Ff]unction (\w+)Backward ", r"the backward of \1 ", lines[0])
         return (
             "your backward must return one gradient for each argument of `apply`, of its shape and "
-            f"in the same order. Autograd says: {lines[0]}"
+            f"in the same order; several are a tuple, and not a list. Autograd says: {said}"
         )
     if line is None:
         return (

@@ -109,6 +109,45 @@ def the_whole_gradient_for_each_part(parts):
     return bordered(lambda gradients: gradients)(parts)
 
 
+@GATHER.wrong("the backward of Gather returned an invalid gradient", unsaid="GatherBackward")
+def pieces_of_rows(parts):
+    return bordered(lambda gradients: [g.chunk(len(gradients))[0] for g in gradients])(parts)
+
+
+@GATHER.wrong("several are a tuple, and not a list", "expected 2, got 1", unsaid="GatherBackward")
+def a_list_from_backward(parts):
+    class Gather(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *parts):
+            return side_by_side(parts)
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            return own_columns(gradients)
+
+    return Gather.apply(*parts)
+
+
+@GATHER.wrong("with 2 GPUs, each part gets its gradient divided by 2", unsaid="own columns")
+def a_mean_over_the_gpus(parts):
+    def divided(gradients):
+        return [each / len(gradients) for each in own_columns(gradients)]
+
+    return bordered(divided)(parts)
+
+
+@GATHER.wrong("with 2 GPUs, the parts' gradients are not those of their own columns")
+def the_columns_of_the_mirrored_gpu(parts):
+    def mirrored(gradients):
+        width = gradients[0].shape[1] // len(gradients)
+        return [
+            each[:, each.shape[1] - (rank + 1) * width :][:, :width]
+            for rank, each in enumerate(gradients)
+        ]
+
+    return bordered(mirrored)(parts)
+
+
 @GATHER.wrong("no gradient arrives")
 def nothing_on_the_way_back(parts):
     return bordered(lambda gradients: [torch.zeros_like(g) for g in own_columns(gradients)])(parts)
@@ -464,7 +503,7 @@ def the_gpu_of_the_winner(scores):
     return winners(scores)[0].argmax(0)
 
 
-@BEST.wrong("indices are whole numbers", "torch.float64")
+@BEST.wrong("indices are whole numbers", "torch.float64", "Add `.long()`.", unsaid="scores")
 def an_index_that_is_no_whole_number(scores):
     values, places = winners(scores)
     return places.gather(0, values.argmax(0)[None])[0].double()
@@ -615,7 +654,7 @@ def numbers_not_bytes(B, T, D, N):
     return operations(B, T, D, N), bytes_of_rings(B, T, D, N) / 4
 
 
-@BLOCK.wrong("only forward was asked for")
+@BLOCK.wrong("only forward was asked for", "its four layers have two all-reduces")
 def four_all_reduces(B, T, D, N):
     return operations(B, T, D, N), 2 * bytes_of_rings(B, T, D, N)
 
@@ -628,6 +667,11 @@ def whole_tensors_round_the_ring(B, T, D, N):
 @BLOCK.wrong("nobody sends the whole tensor to everybody")
 def everything_to_everybody(B, T, D, N):
     return operations(B, T, D, N), 2 * (N - 1) * B * T * D * 4
+
+
+@BLOCK.wrong("yours are exchanged")
+def bytes_before_operations(B, T, D, N):
+    return bytes_of_rings(B, T, D, N), operations(B, T, D, N)
 
 
 @BLOCK.wrong("return two numbers")
