@@ -82,6 +82,7 @@ STRETCHES: list[tuple[Stretches, Stretches, float]] = [
     ([], [(1, 2), (1, 2)], 1),
     ([(0, 3)], [], 0),
     ([(0, 0.25)], [(0.125, 0.5)], 0.25),
+    ([(0, 8), (1, 2)], [(3, 9), (4, 5)], 1),
 ]
 
 
@@ -133,6 +134,17 @@ def _mistakes(computing: Stretches, copying: Stretches) -> dict[str, float]:
         "Where two stretches of computing overlap, time counts once.": (
             _covered([*computing, *copying]) - _sum(computing)
         ),
+        "Where two stretches of computing overlap, what both of them hide counts once.": (
+            _covered(copying) - sum(_hidden([each], copying) for each in computing)
+        ),
+        "Stretches that overlap are counted pair by pair, and so twice: join them first, those of "
+        "computing and those of copying.": (
+            _sum(copying) - sum(_hidden([c], [k]) for c, k in product(computing, copying))
+        ),
+        "A stretch may lie inside another, which goes on after it: joined, they end where the "
+        "longer one does.": _beyond(
+            _ending_like_the_last(computing), _ending_like_the_last(copying)
+        ),
         "That is when the last copy ends after the last computing: copies in a gap are exposed "
         "too.": max(0, last_copy - last_computing),
     }
@@ -156,6 +168,22 @@ def _beyond(computing: Stretches, copying: Stretches) -> float:
     return _covered([*computing, *copying]) - _covered(computing)
 
 
+def _hidden(computing: Stretches, copying: Stretches) -> float:
+    """Seconds of copying in which something is computed."""
+    return _covered(copying) - _beyond(computing, copying)
+
+
+def _ending_like_the_last(stretches: Stretches) -> Stretches:
+    """Stretches that overlap, joined by a mistake: each ends like the one that begins last."""
+    joined: Stretches = []
+    for start, end in sorted(stretches):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return joined
+
+
 @check
 def check_choose(choose_mesh: Callable[..., tuple[int, int, int] | None]) -> Verdict:
     """Graded on models that fit easily, barely and not at all."""
@@ -168,6 +196,7 @@ def check_choose(choose_mesh: Callable[..., tuple[int, int, int] | None]) -> Ver
         (16, 70e9, 80e9, 4, 80),
         (16, 70e9, 80e9, 8, 1),
         (12, 12e9, 80e9, 4, 6),
+        (10, 12e9, 80e9, 4, 10),  # where 3 x 1 x 3 and 2 x 1 x 4 would leave GPUs out
         (8, 70e9, 80e9, 8, 80),
     ):
         fitting = [

@@ -228,6 +228,38 @@ def computing_counted_twice(computing, copying):
     return length(union(computing + copying)) - length(computing)
 
 
+@EXPOSED.wrong("computing = [(1, 4), (0, 3)]", "yours is 1", "what both of them hide counts once")
+def hidden_twice(computing, copying):
+    hidden = 0
+    for start, end in union(copying):
+        for first, last in computing:
+            hidden += max(0, min(end, last) - max(start, first))
+    return length(union(copying)) - hidden
+
+
+@EXPOSED.wrong("copying = [(1, 3), (2, 4)], 3 seconds", "yours is 4", "pair by pair")
+def pair_by_pair(computing, copying):
+    hidden = 0
+    for start, end in copying:
+        for first, last in computing:
+            hidden += max(0, min(end, last) - max(start, first))
+    return length(copying) - hidden
+
+
+@EXPOSED.wrong("computing = [(0, 8), (1, 2)]", "1 seconds", "yours is 2", "inside another")
+def joined_to_the_end_of_the_last(computing, copying):
+    def joined(stretches):
+        merged = []
+        for start, end in sorted(stretches):
+            if merged and start <= merged[-1][1]:
+                merged[-1][1] = end
+            else:
+                merged.append([start, end])
+        return merged
+
+    return length(union(joined(computing) + joined(copying))) - length(joined(computing))
+
+
 @EXPOSED.wrong("copying = [(1, 6)], 3 seconds", "yours is 0", "copies in a gap")
 def the_tail_alone(computing, copying):
     last_copy = max((end for _, end in copying), default=0)
@@ -344,6 +376,24 @@ def ignoring_the_memory(N, P, memory, node, layers):
 def leaving_gpus_out(N, P, memory, node, layers):
     tensor = min(node, -(-16 * P // memory))
     return 1, 1, int(tensor)
+
+
+@CHOOSE.wrong("for 10 GPUs", "(2, 5, 1) is right", "(3, 1, 3)", "must use all 10 GPUs")
+def at_most_so_many_gpus(N, P, memory, node, layers):
+    """Where fewer GPUs would do, the last one or two are left out."""
+    fewer = [mesh for n in range(1, N + 1) for mesh in meshes(n, P, memory, node, layers)]
+    return max(fewer, key=lambda mesh: (mesh[0], mesh[2]), default=None)
+
+
+@CHOOSE.wrong("for 10 GPUs", "(2, 5, 1) is right", "(2, 1, 4)", "must use all 10 GPUs")
+def tensor_as_large_as_the_node(N, P, memory, node, layers):
+    for data in range(N, 0, -1):
+        if N % data == 0:
+            tensor = min(node, N // data)
+            pipeline = N // data // tensor
+            if pipeline <= layers and memory * pipeline * tensor >= 16 * P:
+                return data, pipeline, tensor
+    return None
 
 
 @CHOOSE.wrong("(2, 3, 8) is right", "yours is None", "This one fits")
