@@ -97,8 +97,9 @@ def check_exposed(exposed_seconds: Callable[[Stretches, Stretches], float]) -> V
             raise Wrong("your function changed the lists that it was given: leave them alone.")
     for (computing, copying, wanted), ours in zip(STRETCHES, answers, strict=True):
         if not math.isclose(ours, wanted, abs_tol=1e-9):
+            seconds = "1 second is" if wanted == 1 else f"{wanted:g} seconds are"
             raise Wrong(
-                f"with computing = {computing} and copying = {copying}, {wanted:g} seconds are "
+                f"with computing = {computing} and copying = {copying}, {seconds} "
                 f"exposed, and yours is {ours:g}.{_exposed_hint(answers)}"
             )
     return right("what hides behind computing does not count, and no second counts twice.")
@@ -126,6 +127,9 @@ def _mistakes(computing: Stretches, copying: Stretches) -> dict[str, float]:
         "That is all of the copying, with what hides behind computing.": _covered(copying),
         "Those are all copies added up, hidden or not.": _sum(copying),
         "That is what is hidden: copied while the GPU computes.": _covered(copying) - exposed,
+        "That is the other way round: computed while nothing is copied.": _beyond(
+            copying, computing
+        ),
         "Copies that overlap count once: add up time, and not copies.": sum(
             _beyond(computing, [each]) for each in copying
         ),

@@ -208,6 +208,11 @@ def what_is_hidden(computing, copying):
     return length(union(copying)) - busy_less_computing(computing, copying)
 
 
+@EXPOSED.wrong("2 seconds are exposed, and yours is 3", "the other way round")
+def computed_while_nothing_is_copied(computing, copying):
+    return busy_less_computing(copying, computing)
+
+
 @EXPOSED.wrong("copying = [(1, 3), (2, 4)], 3 seconds", "yours is 4", "overlap count once")
 def copy_by_copy(computing, copying):
     return sum(busy_less_computing(computing, [each]) for each in copying)
@@ -246,7 +251,7 @@ def pair_by_pair(computing, copying):
     return length(copying) - hidden
 
 
-@EXPOSED.wrong("computing = [(0, 8), (1, 2)]", "1 seconds", "yours is 2", "inside another")
+@EXPOSED.wrong("computing = [(0, 8), (1, 2)]", "1 second is", "yours is 2", "inside another")
 def joined_to_the_end_of_the_last(computing, copying):
     def joined(stretches):
         merged = []
