@@ -17,8 +17,12 @@ from course_lib.timeline import Trace
 Facts = list[tuple[str, str, str]]
 
 
-def require_tensors(values: object, shapes: Sequence[tuple[int, ...]]) -> None:
-    """Raise unless ``values`` are tensors of these shapes, one for each GPU."""
+def require_tensors(values: object, shapes: Sequence[tuple[int, ...]], where: str = "") -> None:
+    """Raise unless ``values`` are tensors of these shapes, one for each GPU.
+
+    Args:
+        where: the case at hand, for a verdict on a shape, as in ``"with 2 GPUs, "``.
+    """
     if values is None:
         raise Wrong("your function returned None: is a return statement missing?")
     if not isinstance(values, (list, tuple)) or len(values) != len(shapes):
@@ -30,7 +34,8 @@ def require_tensors(values: object, shapes: Sequence[tuple[int, ...]]) -> None:
             )
         if tuple(value.shape) != shape:
             raise Wrong(
-                f"GPU {rank}'s tensor has shape {tuple(value.shape)}, and should have {shape}."
+                f"{where}GPU {rank}'s tensor has shape {tuple(value.shape)}, and should have "
+                f"{shape}."
             )
 
 

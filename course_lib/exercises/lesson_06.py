@@ -101,28 +101,27 @@ def _gather_facts(
 
 
 @check
-def check_heads(split_qkv: Callable[[Tensor, int, int], Sequence[Tensor]]) -> Verdict:
+def check_heads(split_qkv: Callable[[Tensor, int, int, int], Sequence[Tensor]]) -> Verdict:
     """Graded on the rows that each GPU gets."""
-    for heads, head_width, count in ((4, 2, 2), (8, 3, 4), (6, 2, 3), (4, 4, 1)):
-        width = heads * head_width
-        weight = torch.randn(3 * width, width)
-        parts = split_qkv(weight.clone(), heads, count)
-        require_tensors(parts, [(3 * width // count, width)] * count)
-        each = heads // count
+    # Heads, pairs, rows a head and GPUs; first without sharing, where fewer mistakes are possible.
+    for heads, pairs, rows, count in ((4, 4, 2, 2), (8, 4, 2, 2), (8, 4, 3, 4), (4, 2, 4, 1)):
+        width = heads * rows
+        kinds = torch.randn(width + 2 * pairs * rows, width).split([width, *[pairs * rows] * 2])
+        weight = torch.cat(kinds)
+        where = f"with {heads} heads and {pairs} pairs, "
+        parts = split_qkv(weight.clone(), heads, pairs, count)
+        require_tensors(parts, [(len(weight) // count, width)] * count, where)
         for rank, part in enumerate(parts):
             part = part.detach().cpu()  # which may be on its GPU already
-            own = range(rank * each, (rank + 1) * each)
-            mistake = _heads_mistake(part, weight, heads, own, weight.chunk(count)[rank])
+            expected = torch.cat([kind.chunk(count)[rank] for kind in kinds])
+            own = f"{rank * heads // count} to {(rank + 1) * heads // count - 1}"
+            mistake = _heads_mistake(part, expected, weight.chunk(count)[rank], own)
             if mistake:
-                raise Wrong(f"GPU {rank} of {count} {mistake}")
-    return right("every GPU has the queries, keys and values of its own heads.")
+                raise Wrong(f"{where}GPU {rank} of {count} {mistake}")
+    return right("every GPU has its own heads' queries, and the keys and values that they use.")
 
 
-def _heads_mistake(
-    part: Tensor, weight: Tensor, heads: int, own: range, piece: Tensor
-) -> str | None:
-    kinds = weight.view(3, heads, -1, weight.shape[1])
-    expected = kinds[:, own.start : own.stop].reshape(part.shape)
+def _heads_mistake(part: Tensor, expected: Tensor, piece: Tensor, own: str) -> str | None:
     if torch.equal(part, expected):
         return None
     if torch.equal(part, piece):
@@ -135,7 +134,7 @@ def _heads_mistake(
             "has the right rows in another order: first come its queries, then its keys, then its "
             "values."
         )
-    return f"has other rows than those of its heads, {own.start} to {own.stop - 1}."
+    return f"has other rows than those of its heads, {own}, and of the pairs that they use."
 
 
 @check

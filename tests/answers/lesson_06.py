@@ -193,103 +193,141 @@ def parts_written_into(parts):
 # -------------------------------------------------------------------------- 2. cut by heads
 
 
-@HEADS.right
-def with_views(weight, heads, count):
-    kinds = weight.view(3, count, -1, weight.shape[1])
-    return [kinds[:, rank].reshape(-1, weight.shape[1]) for rank in range(count)]
+def kinds_of(weight, heads, pairs):
+    """Queries, keys and values, each [heads or pairs, D/H, D]."""
+    return weight.unflatten(0, (heads + 2 * pairs, -1)).split([heads, pairs, pairs])
 
 
 @HEADS.right
-def head_by_head(weight, heads, count):
+def with_views(weight, heads, pairs, count):
+    kinds = [kind.unflatten(0, (count, -1)) for kind in kinds_of(weight, heads, pairs)]
+    return [torch.cat([kind[rank] for kind in kinds]).flatten(0, 1) for rank in range(count)]
+
+
+@HEADS.right
+def head_by_head(weight, heads, pairs, count):
     width = weight.shape[1]
-    head_width, each = width // heads, heads // count
+    head_width = width // heads
     parts = []
     for rank in range(count):
-        pieces = []
-        for kind in range(3):
+        pieces, begin = [], 0
+        for number in (heads, pairs, pairs):
+            each = number // count
             for head in range(rank * each, (rank + 1) * each):
-                begin = kind * width + head * head_width
-                pieces.append(weight[begin : begin + head_width])
+                first = begin + head * head_width
+                pieces.append(weight[first : first + head_width])
+            begin += number * head_width
         parts.append(torch.cat(pieces))
     return parts
 
 
 @HEADS.right
-def row_numbers(weight, heads, count):
-    rows = torch.arange(len(weight)).view(3, count, -1)
-    return [weight[rows[:, rank].flatten()] for rank in range(count)]
+def row_numbers(weight, heads, pairs, count):
+    rows = kinds_of(torch.arange(len(weight))[:, None], heads, pairs)
+    by_rank = torch.cat([kind.reshape(count, -1) for kind in rows], 1)
+    return [weight[own] for own in by_rank]
 
 
 @HEADS.right
-def a_transpose_and_a_chunk(weight, heads, count):
-    by_rank = weight.unflatten(0, (3, count, -1)).transpose(0, 1)
-    return tuple(by_rank.reshape(weight.shape).chunk(count))
+def pairs_found_from_the_heads(weight, heads, pairs, count):
+    queries, keys, values = kinds_of(weight, heads, pairs)
+    parts = []
+    for rank in range(count):
+        own = range(rank * heads // count, (rank + 1) * heads // count)
+        used = sorted({head * pairs // heads for head in own})
+        parts.append(torch.cat([queries[list(own)], keys[used], values[used]]).flatten(0, 1))
+    return tuple(parts)
 
 
 @HEADS.right
-def parts_that_are_on_a_gpu_already(weight, heads, count):
+def parts_that_are_on_a_gpu_already(weight, heads, pairs, count):
     (gpu,) = devices(1)
-    return [part.to(gpu) for part in a_transpose_and_a_chunk(weight, heads, count)]
+    return [part.to(gpu) for part in with_views(weight, heads, pairs, count)]
+
+
+@HEADS.wrong("with 8 heads and 4 pairs, GPU 0's tensor has shape", "should have (16, 16)")
+def as_if_nothing_were_shared(weight, heads, pairs, count):
+    kinds = [kind.chunk(count) for kind in weight.chunk(3)]
+    return [torch.cat(pieces) for pieces in zip(*kinds, strict=True)]
+
+
+@HEADS.wrong("with 8 heads and 4 pairs, GPU 0's tensor has shape (24, 16)")
+def all_pairs_on_every_gpu_where_some_are_shared(weight, heads, pairs, count):
+    kinds = kinds_of(weight, heads, pairs)
+    counts = (count, count if heads == pairs else 1, count if heads == pairs else 1)
+    pieces = [kind.chunk(n) for kind, n in zip(kinds, counts, strict=True)]
+    return [torch.cat([p[rank % len(p)] for p in pieces]).flatten(0, 1) for rank in range(count)]
+
+
+@HEADS.wrong("with 8 heads and 4 pairs, GPU 0 of 2 has other rows", "0 to 3", "pairs that they use")
+def shared_pairs_dealt_like_cards(weight, heads, pairs, count):
+    if heads == pairs:
+        return with_views(weight, heads, pairs, count)
+    queries, keys, values = kinds_of(weight, heads, pairs)
+    return [
+        torch.cat([queries.chunk(count)[r], keys[r::count], values[r::count]]).flatten(0, 1)
+        for r in range(count)
+    ]
 
 
 @HEADS.wrong("GPU 0 of 2", "one piece of the rows as they stand", "queries, keys and values each")
-def chunks(weight, heads, count):
+def chunks(weight, heads, pairs, count):
     return weight.chunk(count)
 
 
 @HEADS.wrong("return a list of 2 tensors for 2 GPUs")
-def thirds(weight, heads, count):
+def thirds(weight, heads, pairs, count):
     return weight.chunk(3)
 
 
 @HEADS.wrong("return a list of 2 tensors for 2 GPUs")
-def a_part_for_each_head(weight, heads, count):
+def a_part_for_each_head(weight, heads, pairs, count):
     kinds = [part.chunk(heads) for part in weight.chunk(3)]
     return [torch.cat(pieces) for pieces in zip(*kinds, strict=True)]
 
 
 @HEADS.wrong("return a list of 2 tensors for 2 GPUs")
-def the_first_part_alone(weight, heads, count):
+def the_first_part_alone(weight, heads, pairs, count):
     return [torch.cat([part.chunk(count)[0] for part in weight.chunk(3)])]
 
 
 @HEADS.wrong("return a list of 2 tensors for 2 GPUs")
-def a_single_tensor_of_all_parts(weight, heads, count):
+def a_single_tensor_of_all_parts(weight, heads, pairs, count):
     return torch.stack(weight.chunk(count))
 
 
 @HEADS.wrong("returned None", "return statement")
-def no_parts(weight, heads, count):
+def no_parts(weight, heads, pairs, count):
     weight.chunk(count)
 
 
 @HEADS.wrong("GPU 0 of 2", "right rows in another order", "first come its queries")
-def each_head_with_its_queries_keys_and_values(weight, heads, count):
+def each_head_with_its_queries_keys_and_values(weight, heads, pairs, count):
     kinds = [part.chunk(heads) for part in weight.chunk(3)]
     by_head = torch.cat([torch.cat(pieces) for pieces in zip(*kinds, strict=True)])
     return by_head.chunk(count)
 
 
 @HEADS.wrong("GPU 0", "right rows in another order", "then its keys, then its values")
-def values_before_keys(weight, heads, count):
+def values_before_keys(weight, heads, pairs, count):
     queries, keys, values = (part.chunk(count) for part in weight.chunk(3))
     return [torch.cat(pieces) for pieces in zip(queries, values, keys, strict=True)]
 
 
 @HEADS.wrong("GPU 0 of 2", "other rows than those of its heads, 0 to 1")
-def the_last_gpus_heads_first(weight, heads, count):
+def the_last_gpus_heads_first(weight, heads, pairs, count):
     kinds = [part.chunk(count)[::-1] for part in weight.chunk(3)]
     return [torch.cat(pieces) for pieces in zip(*kinds, strict=True)]
 
 
 @HEADS.wrong("GPU 0 of 2", "other rows than those of its heads, 0 to 1")
-def every_second_head(weight, heads, count):
+def every_second_head(weight, heads, pairs, count):
     kinds = weight.view(3, heads, -1, weight.shape[1])
     return [kinds[:, rank::count].reshape(-1, weight.shape[1]) for rank in range(count)]
 
 
 @HEADS.wrong("GPU 0 of 2", "other rows than those of its heads, 0 to 1")
-def rows_dealt_like_cards(weight, heads, count):
+def rows_dealt_like_cards(weight, heads, pairs, count):
     return [
         torch.cat([part[rank::count] for part in weight.chunk(3)]).contiguous()
         for rank in range(count)
@@ -297,24 +335,24 @@ def rows_dealt_like_cards(weight, heads, count):
 
 
 @HEADS.wrong("GPU 1 of 2", "other rows than those of its heads, 2 to 3")
-def the_first_gpus_heads_on_all(weight, heads, count):
+def the_first_gpus_heads_on_all(weight, heads, pairs, count):
     return [torch.cat([part.chunk(count)[0] for part in weight.chunk(3)])] * count
 
 
 @HEADS.wrong("GPU 0's tensor has shape (12, 4), and should have (12, 8)")
-def half_the_columns_of_the_right_rows(weight, heads, count):
+def half_the_columns_of_the_right_rows(weight, heads, pairs, count):
     kinds = [part.chunk(count) for part in weight.chunk(3)]
     parts = [torch.cat(pieces) for pieces in zip(*kinds, strict=True)]
     return [part[:, : part.shape[1] // count] for part in parts]
 
 
 @HEADS.wrong("for GPU 0 there is a tuple", "should be a tensor")
-def pieces_that_are_not_joined(weight, heads, count):
+def pieces_that_are_not_joined(weight, heads, pairs, count):
     return list(zip(*(part.chunk(count) for part in weight.chunk(3)), strict=True))
 
 
 @HEADS.wrong("GPU 0's tensor has shape (8, 8)")
-def only_queries_and_keys(weight, heads, count):
+def only_queries_and_keys(weight, heads, pairs, count):
     queries, keys, _ = (part.chunk(count) for part in weight.chunk(3))
     return [torch.cat(pieces) for pieces in zip(queries, keys, strict=True)]
 
