@@ -43,6 +43,15 @@ def test_an_error_in_the_check_is_not_laid_to_the_answer() -> None:
     assert "The check stopped with TypeError" in said
 
 
+@pytest.mark.parametrize("parameters", ["count", "*, count"])
+def test_parameters_that_differ_from_the_exercises_are_named(parameters: str) -> None:
+    names: dict = {}
+    exec(f"def answer({parameters}): return [count]", names)
+    message = check_length(names["answer"]).message
+    assert message.startswith("your function could not be called: leave its parameters")
+    assert "argument" in message and "looked at" not in message
+
+
 def test_a_stub_is_not_attempted_and_a_sentence_in_it_is_an_answer() -> None:
     def stub():
         raise NotImplementedError

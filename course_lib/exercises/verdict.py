@@ -104,6 +104,12 @@ def _what_stopped(error: Exception, answers: tuple[object, ...]) -> str:
             "your backward must return one gradient for each argument of `apply`, of its shape and "
             f"in the same order; several are a tuple, and not a list. Autograd says: {said}"
         )
+    called = [answer.__qualname__ for answer in answers if isinstance(answer, FunctionType)]
+    if line is None and any(what.startswith(f"TypeError: {each}() ") for each in called):
+        return (
+            "your function could not be called: leave its parameters as the exercise has them. "
+            f"{lines[0]}."
+        )
     if line is None:
         return (
             "your code ran, and what it returned or changed could not be looked at. The check "
