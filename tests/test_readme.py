@@ -24,3 +24,20 @@ def test_each_local_link_leads_to_a_file() -> None:
     assert targets
     for target in targets:
         assert (ROOT / target).exists(), target
+
+
+GLOSSARY = ROOT / "docs" / "glossary.md"
+WORDS = re.findall(
+    r"^\| ([^|]+) \| [^|]+ \| \[\d\d\]\(([^)]+)\) \|$", GLOSSARY.read_text("utf-8"), re.MULTILINE
+)
+
+
+def test_the_glossary_is_in_the_order_of_the_alphabet() -> None:
+    words = [word.lower() for word, _ in WORDS]
+    assert len(words) >= 30 and words == sorted(words)
+
+
+@pytest.mark.parametrize("word, lesson", WORDS, ids=[word for word, _ in WORDS])
+def test_each_word_of_the_glossary_stands_in_its_lesson(word: str, lesson: str) -> None:
+    cells = nbformat.read(GLOSSARY.parent / lesson, as_version=4).cells
+    assert any(word.lower() in cell.source.lower() for cell in cells)
