@@ -9,7 +9,6 @@ Figures have a white ground of their own, so that they read the same in a light 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -46,41 +45,12 @@ RC: dict[Any, Any] = {
 
 
 def use() -> None:
-    """Give every figure of this program the look of the course.
-
-    In a notebook it is sharp on fine screens as well, and has words for a screen reader.
-    """
+    """Give every figure of this program the look of the course, sharp on fine screens as well."""
     plt.rcParams.update(RC)
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if shell is not None:
+    if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
         set_matplotlib_formats("retina")
-        formatter = shell.display_formatter.formatters["image/png"]
-        formatter.for_type(Figure, _described(formatter.for_type(Figure)))
-
-
-def _described(draw: Callable[[Figure], Any]) -> Callable[[Figure], Any]:
-    """What draws a figure, so that its words go with the picture."""
-
-    def draw_and_describe(fig: Figure) -> tuple[Any, dict[str, Any]]:
-        drawn = draw(fig)
-        picture, metadata = drawn if isinstance(drawn, tuple) else (drawn, {})
-        return picture, {**metadata, "alt": in_words(fig)}
-
-    return draw_and_describe
-
-
-def in_words(fig: Figure) -> str:
-    """What a figure shows, for who cannot see it: titles, what is on its axes, what is drawn."""
-    parts = []
-    for ax in fig.axes:
-        title = " ".join(filter(None, (ax.get_title(loc) for loc in ("left", "center", "right"))))
-        handles, labels = ax.get_legend_handles_labels()
-        axes = " against ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
-        drawn = f"with {', '.join(labels)}" if handles else ""
-        parts.append(", ".join(filter(None, (title, axes, drawn))))
-    return "; ".join(filter(None, parts)) or "a figure without a title"
 
 
 def look() -> AbstractContextManager[None]:
