@@ -12,7 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import course_lib
 from course_lib import doctor
-from course_lib.models import MLP
+from course_lib.models import GPT, MLP, next_token_loss
 from course_lib.parallel.collectives import all_reduce, ring_all_reduce
 from course_lib.parallel.data_parallel import replicate, split_batch, train_step
 from course_lib.parallel.transfers import SideStreams
@@ -57,6 +57,22 @@ def prepare_with(reduce: Reduce, make_optimizer=sgd, update: slice = slice(None)
     return prepare
 
 
+def the_courses_own(make_optimizer, loss_function):
+    """Data parallelism as ``train_step`` of lesson 02 does it."""
+
+    def prepare(model, gpus):
+        replicas = replicate(model, gpus)
+        optimizers = [make_optimizer(replica.parameters()) for replica in replicas]
+
+        def step(x: Tensor, y: Tensor) -> None:
+            xs, ys = split_batch(x, gpus), split_batch(y, gpus)
+            train_step(replicas, optimizers, xs, ys, loss_function)
+
+        return replicas, step
+
+    return prepare
+
+
 def gradients_of(replicas: list[nn.Module]) -> list[list[Tensor]]:
     return [
         [p.grad for p in copies] for copies in zip(*(r.parameters() for r in replicas), strict=True)
@@ -87,18 +103,23 @@ def test_what_is_right_is_healthy(make_optimizer):
     assert str(report).startswith("2 step(s): the same training as on one device")
 
 
+def test_a_gpt_that_adamw_trains_is_healthy_at_a_tenth_of_the_tolerance(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(doctor, "TOLERANCE", doctor.TOLERANCE / 10)
+    torch.manual_seed(0)
+    gpt = GPT(65, context=16, width=32, heads=4, depth=2, tied=False)
+    passages = [torch.randint(0, 65, (9, 16)) for _ in range(6)]
+
+    pairs = list(zip(passages[::2], passages[1::2], strict=True))
+    gpus = course_lib.devices(N)
+    assert doctor.examine(
+        gpt, the_courses_own(AdamW, next_token_loss), pairs, next_token_loss, AdamW, gpus
+    ).is_healthy
+
+
 def test_the_courses_own_step_is_healthy():
-    def prepare(model, gpus):
-        replicas = replicate(model, gpus)
-        optimizers = [sgd(replica.parameters()) for replica in replicas]
-
-        def step(x, y):
-            xs, ys = split_batch(x, gpus), split_batch(y, gpus)
-            train_step(replicas, optimizers, xs, ys, F.cross_entropy)
-
-        return replicas, step
-
-    assert examine(prepare).is_healthy
+    assert examine(the_courses_own(sgd, F.cross_entropy)).is_healthy
 
 
 def test_replicas_that_train_by_themselves_are_seen_by_three_instruments():

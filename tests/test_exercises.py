@@ -23,6 +23,12 @@ def _virtual(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @each_exercise(EXERCISES)
+def test_a_check_is_tried_with_four_wrong_answers_and_two_right_ones_at_least(exercise):
+    assert len(exercise.wrong_answers) >= 4
+    assert len(exercise.right_answers) >= 2
+
+
+@each_exercise(EXERCISES)
 def test_the_untouched_stub_is_not_attempted(exercise):
     assert exercise.judge(exercise.stub).status == "not attempted"
 

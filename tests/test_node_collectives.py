@@ -179,6 +179,14 @@ def test_a_rank_without_a_part_for_each_is_named():
         all_to_all(parts)
 
 
+def test_parts_of_several_dtypes_cannot_travel_together():
+    gpus = course_lib.devices(2, nodes=2)
+    parts = [[torch.ones(1, device=gpu), torch.ones(1, device=gpu, dtype=torch.int64)]
+             for gpu in gpus]  # fmt: skip
+    with pytest.raises(ValueError, match="need one dtype, not"):
+        hierarchical_all_to_all(parts)
+
+
 def test_nodes_of_different_size_are_refused_in_one_line():
     gpus = course_lib.devices(4, nodes=2)
     with pytest.raises(ValueError, match=r"every node needs as many tensors .* \{0: 2, 1: 1\}"):

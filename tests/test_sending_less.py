@@ -104,6 +104,19 @@ def test_rows_of_zeros_stay_zeros(make):
     assert rows[0].cpu().count_nonzero() == 0
 
 
+@pytest.mark.parametrize("make", KINDS, ids=NAMES)
+def test_what_is_no_row_is_refused_in_one_line(make):
+    with pytest.raises(ValueError, match=r"takes rows, .* have the shape \(2, 3\)"):
+        make()([torch.zeros(2, 3, device=gpu) for gpu in course_lib.devices(2)])
+
+
+@pytest.mark.parametrize("make", KINDS, ids=NAMES)
+def test_rows_of_nothing_stay_so(make):
+    rows = [torch.zeros(0, device=gpu) for gpu in course_lib.devices(2)]
+    make()(rows)
+    assert rows[0].shape == (0,)
+
+
 def test_other_rows_than_before_are_refused_in_one_line():
     gpus = course_lib.devices(2)
     compressed: SumRows = Bfloat16Sums()
@@ -136,32 +149,26 @@ def sgd(parameters) -> SGD:
     return SGD(parameters, lr=0.1)
 
 
-def test_to_meet_after_every_step_of_sgd_is_data_parallelism():
+def adam(parameters) -> Adam:
+    return Adam(parameters, lr=0.01)
+
+
+def apart_from_data_parallelism(make_optimizer) -> float:
+    """How far three steps with a meeting after each are from three of data parallelism."""
     gpus = course_lib.devices(4)
-    local = LocalTraining(replicate(a_model(), gpus), sgd, period=1)
+    local = LocalTraining(replicate(a_model(), gpus), make_optimizer, period=1)
     plain = replicate(a_model(), gpus)
-    optimizers = [sgd(replica.parameters()) for replica in plain]
+    optimizers = [make_optimizer(replica.parameters()) for replica in plain]
     for seed in range(3):
         xs, ys = (split_batch(each, gpus) for each in batch(seed))
         local.step(xs, ys, F.cross_entropy)
         train_step(plain, optimizers, xs, ys, F.cross_entropy)
-    assert largest_difference(local.replicas[0], plain[0]) < 1e-6
+    return largest_difference(local.replicas[0], plain[0])
 
 
-def test_to_meet_after_every_step_of_adam_is_not():
-    gpus = course_lib.devices(4)
-
-    def adam(parameters) -> Adam:
-        return Adam(parameters, lr=0.01)
-
-    local = LocalTraining(replicate(a_model(), gpus), adam, period=1)
-    plain = replicate(a_model(), gpus)
-    optimizers = [adam(replica.parameters()) for replica in plain]
-    for seed in range(3):
-        xs, ys = (split_batch(each, gpus) for each in batch(seed))
-        local.step(xs, ys, F.cross_entropy)
-        train_step(plain, optimizers, xs, ys, F.cross_entropy)
-    assert largest_difference(local.replicas[0], plain[0]) > 1e-3
+def test_to_meet_after_every_step_of_sgd_is_data_parallelism_and_of_adam_is_not():
+    assert apart_from_data_parallelism(sgd) < 1e-6
+    assert apart_from_data_parallelism(adam) > 1e-3
 
 
 @pytest.mark.parametrize("make_outer", [None, diloco], ids=["average", "diloco"])

@@ -67,7 +67,7 @@ def test_n_flows_over_k_cards_take_n_over_k_turns(flows: int, cards: int):
     assert recording.seconds == seconds(min(flows, sharing) * CARD)
 
 
-def test_the_cores_and_the_own_link_of_a_gpu_work_beside_its_card():
+def test_the_own_link_of_a_gpu_works_beside_its_card():
     gpus = course_lib.devices(4, SPEC.with_(network=SLOW), nodes=2)
     near, far = (torch.empty(1_000_000, device=gpus[rank]) for rank in (1, 2))
     source = torch.empty(1_000_000, device=gpus[0])
@@ -160,9 +160,16 @@ def test_nodes_that_cannot_be_are_refused_in_one_line(
     [
         ({"bandwidth": 0.0}, "bandwidth of a Network is a finite number above 0"),
         ({"latency": -1.0}, "latency of a Network is a finite number, 0 or above"),
+        ({"bandwidth": "fast"}, "bandwidth of a Network is a finite number above 0, not 'fast'"),
         ({"cards": 1.5}, "cards of a Network is a whole number from 0 on"),
     ],
 )
 def test_networks_that_cannot_be_are_refused_in_one_line(values: dict[str, float], message: str):
     with pytest.raises(ValueError, match=message):
         Network(**{"name": "x", "bandwidth": 1e9, "source": "", **values})
+
+
+@pytest.mark.parametrize("factor", [0, -1, "2"])
+def test_a_network_is_divided_by_positive_numbers_alone(factor: object):
+    with pytest.raises(ValueError, match="can only be divided by a positive number"):
+        ETHERNET / factor

@@ -1,8 +1,8 @@
 """How long each all-reduce takes on a machine with nodes, by formula, and which is the fastest.
 
 A round costs a latency and the time of the bytes that cross its slowest link; where something is
-added, also the time in which a GPU reads two numbers and writes one. The host is left out: below
-some tens of kilobytes its launches take longer than anything here. NCCL's tuner chooses in the same
+added, also the time in which a GPU reads two numbers and writes one. The host is left out, though
+for small tensors its launches can take longer than anything here. NCCL's tuner chooses in the same
 way, with constants measured on its machines (``ncclTopoTuneModel`` in its source).
 """
 

@@ -37,8 +37,13 @@ class ErrorFeedback:
         """The rows, and with each what its device owes.
 
         Raises:
-            ValueError: there were other rows before.
+            ValueError: they are no rows, or there were other rows before.
         """
+        if rows[0].dim() != 1:
+            raise ValueError(
+                "a compressed sum takes rows, of one dimension, and these have the shape "
+                f"{tuple(rows[0].shape)}: flatten them"
+            )
         if not self.owed:
             self.owed = [torch.zeros_like(row) for row in rows]
         if [row.shape for row in rows] != [owed.shape for owed in self.owed]:
@@ -135,8 +140,8 @@ class TopKSums:
     def __call__(self, rows: Tensors) -> None:
         """Replace each row by the sum of all; raises what :func:`matching` does."""
         rows = matching(rows)
-        count = max(1, round(self.fraction * rows[0].numel()))
         wanted = self.feedback.add_to(rows)
+        count = min(len(rows[0]), max(1, round(self.fraction * len(rows[0]))))
         places = [want.abs().topk(count).indices for want in wanted]
         values = [want[place] for want, place in zip(wanted, places, strict=True)]
         said = [

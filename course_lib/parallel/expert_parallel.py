@@ -2,8 +2,8 @@
 
 Every GPU has its own tokens, as in data parallelism, a copy of the router, and some of the experts.
 An all-to-all brings each token to its experts, and another one brings what they made of it back;
-their backward passes are all-to-alls in the other direction. Lesson 12 derives it; GShard
-(Lepikhin and others, 2020) is the paper, ``DeepSpeed-MoE`` and Megatron-LM the engines.
+their backward passes are all-to-alls in the other direction. GShard (Lepikhin and others, 2020) is
+the paper, DeepSpeed-MoE and Megatron-LM are engines for it.
 
 With fixed places in every expert (``experts.Router``) all messages have a size that is known before
 the router has spoken, so that the host never waits.

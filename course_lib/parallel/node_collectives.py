@@ -1,12 +1,12 @@
 """Collectives for a machine with nodes: what is slow to send is sent as rarely as it can be.
 
 A GPU reaches those of its own node over a fast link, and all others through a network card
-(:mod:`course_lib.virtual.network`). With k nodes of g GPUs, a flat ring moves every byte of the sum
-through k of its links that are cards, and every round of it is as slow as they are. Here whatever
-can be added or gathered inside a node is, and the network carries what is left.
+(:mod:`course_lib.virtual.network`). A flat ring over k nodes has k links that are cards, and every
+round of it is as slow as they are. Here whatever can be added or gathered inside a node is, and the
+network carries what is left.
 
-As in :mod:`course_lib.parallel.collectives`, all of them take the tensors of all GPUs at once and
-run beside nothing: on the current streams' turn, which go on when they are done.
+As in :mod:`course_lib.parallel.collectives`, all of them take the tensors of all GPUs at once; they
+start when the current streams are ready, and what is enqueued there afterwards finds them done.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def hierarchical_all_reduce(tensors: Iterable[Tensor]) -> None:
 
     With k nodes of g GPUs and tensors of S bytes, a GPU sends 2 (g - 1) / g S over its own link and
     2 (k - 1) / k S / g through its card: a g-th of what a ring over the network alone would send.
-    All tensors end up bit-identical. NCCL and Horovod call it hierarchical, too.
+    All tensors end up bit-identical. Horovod's ``HOROVOD_HIERARCHICAL_ALLREDUCE`` asks for it.
 
     Args:
         tensors: one a device, contiguous, of one shape and dtype. Nothing need divide them.
@@ -112,9 +112,16 @@ def hierarchical_all_to_all(parts: Sequence[Sequence[Tensor]]) -> list[list[Tens
     sends k - 1 messages through its card in place of (k - 1) g; the bytes there are the same, and
     those inside the node are up to k times as many.
 
-    Takes and raises what :func:`all_to_all` does; all parts are of one dtype.
+    Takes and raises what :func:`all_to_all` does.
+
+    Raises:
+        ValueError: also if the parts are not all of one dtype, or the nodes not of one size.
     """
     count = _require_square(parts)
+    if len(dtypes := {part.dtype for row in parts for part in row}) > 1:
+        raise ValueError(
+            f"parts that travel together need one dtype, not {sorted(map(str, dtypes))}"
+        )
     nodes = _by_node([row[0] for row in parts], list(range(count)))
     size, result = len(nodes[0]), [[row[rank] for row in parts] for rank in range(count)]
     # collected[p of a node]: for each node m, what all of p's node have for place p of node m.

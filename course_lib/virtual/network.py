@@ -9,6 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Real
+
+
+def is_finite(number: object) -> bool:
+    """Whether it is a number, and neither infinite nor NaN nor a truth value."""
+    return isinstance(number, Real) and not isinstance(number, bool) and math.isfinite(number)
 
 
 @dataclass(frozen=True)
@@ -34,11 +40,11 @@ class Network:
     latency: float = 5e-6
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.bandwidth) and self.bandwidth > 0):
+        if not (is_finite(self.bandwidth) and self.bandwidth > 0):
             raise ValueError(
                 f"bandwidth of a Network is a finite number above 0, not {self.bandwidth!r}"
             )
-        if not (math.isfinite(self.latency) and self.latency >= 0):
+        if not (is_finite(self.latency) and self.latency >= 0):
             raise ValueError(
                 f"latency of a Network is a finite number, 0 or above, not {self.latency!r}"
             )
@@ -47,6 +53,8 @@ class Network:
 
     def __truediv__(self, factor: float) -> Network:
         """A network ``factor`` times slower; its latency stays."""
+        if not (is_finite(factor) and factor > 0):
+            raise ValueError(f"a Network can only be divided by a positive number, not by {factor}")
         return replace(self, name=f"{self.name} / {factor:g}", bandwidth=self.bandwidth / factor)
 
 

@@ -9,15 +9,13 @@ takes as long.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from numbers import Real
 from typing import Any
 
 import torch
 
-from course_lib.virtual.network import INFINIBAND_HDR, INFINIBAND_NDR, Network
+from course_lib.virtual.network import INFINIBAND_HDR, INFINIBAND_NDR, Network, is_finite
 
 DEVICE_TYPE = "vgpu"  # "vgpu:1" is to a virtual GPU what "cuda:1" is to a real one
 
@@ -65,16 +63,16 @@ class Spec:
         for name in ("memory", "memory_bandwidth", "link_bandwidth", "host_bandwidth"):
             positive[name] = getattr(self, name)
         for name, number in positive.items():
-            if not (_is_finite(number) and number > 0):
+            if not (is_finite(number) and number > 0):
                 raise ValueError(f"{name} of a Spec is a finite number above 0, not {number!r}")
         for name in ("latency", "launch_overhead"):
             number = getattr(self, name)
-            if not (_is_finite(number) and number >= 0):
+            if not (is_finite(number) and number >= 0):
                 raise ValueError(f"{name} of a Spec is a finite number, 0 or above, not {number!r}")
 
     def __truediv__(self, factor: float) -> Spec:
         """A GPU ``factor`` times smaller and slower; latencies stay."""
-        if not (_is_finite(factor) and factor > 0):
+        if not (is_finite(factor) and factor > 0):
             raise ValueError(f"a GPU can only be divided by a positive number, not by {factor}")
         return replace(
             self,
@@ -98,10 +96,6 @@ class Spec:
     def peak_flops(self, dtype: torch.dtype) -> float:
         """Peak FLOP/s of a matrix product in ``dtype``."""
         return self.flops.get(dtype, self.flops[torch.float32])
-
-
-def _is_finite(number: object) -> bool:
-    return isinstance(number, Real) and not isinstance(number, bool) and math.isfinite(number)
 
 
 # Latency and launch overhead are in no data sheet: the two defaults are estimates, in round
