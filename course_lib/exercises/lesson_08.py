@@ -21,6 +21,7 @@ from course_lib.exercises.sharded_layer import (
     judge_gradients,
     judge_outputs,
     require_own_memory,
+    weights_in_shards,
 )
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
 from course_lib.parallel.data_parallel import replicate
@@ -82,11 +83,7 @@ def check_gather(sharded_forward: Callable[..., Sequence[Tensor]]) -> Verdict:
     """Graded on the output, on the bytes gathered, and on the memory at the peak."""
     width, depth, count = 256, 6, 4
     with hardware.fresh_devices(count) as gpus:
-        weights = [torch.randn(width, width) / width**0.5 for _ in range(depth)]
-        layers = [
-            [part.to(gpu) for part, gpu in zip(weight.chunk(count), gpus, strict=True)]
-            for weight in weights
-        ]
+        weights, layers = weights_in_shards(gpus, width, depth)
         inputs = [torch.randn(2, width) for _ in gpus]
         xs = [x.to(gpu) for x, gpu in zip(inputs, gpus, strict=True)]
         unchanged = Unchanged(
@@ -182,11 +179,9 @@ def check_back(sharded_linear: Callable[..., Sequence[Tensor]]) -> Verdict:
     """Graded on outputs and gradients, on what is in memory between, at the peak, and on bytes."""
     width, depth, count = 256, 5, 4
     with hardware.fresh_devices(count) as gpus:
-        weights = [torch.randn(width, width) / width**0.5 for _ in range(depth)]
-        layers = [
-            [part.to(gpu).requires_grad_() for part, gpu in zip(w.chunk(count), gpus, strict=True)]
-            for w in weights
-        ]
+        weights, layers = weights_in_shards(gpus, width, depth)
+        for shard in [shard for shards in layers for shard in shards]:
+            shard.requires_grad_()
         inputs = [torch.randn(2, width) for _ in gpus]
         xs = [x.to(gpu).requires_grad_() for x, gpu in zip(inputs, gpus, strict=True)]
         unchanged = Unchanged(_shards_by_name(layers))

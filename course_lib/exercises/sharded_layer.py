@@ -1,6 +1,6 @@
 """What lesson 08 looks at in a layer whose weight comes and goes: outputs, gradients, their memory.
 
-Each raises :class:`~course_lib.exercises.verdict.Wrong` with one sentence, or does nothing.
+What judges raises :class:`~course_lib.exercises.verdict.Wrong` with one sentence, or does nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,18 @@ from torch.nn import functional as F
 from course_lib import format_bytes
 from course_lib.exercises.diagnosis import Facts, require_finite
 from course_lib.exercises.verdict import Wrong
+
+
+def weights_in_shards(
+    gpus: list[torch.device], width: int, depth: int
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Random weights of some layers, whole on the host, and for each its shards on the GPUs."""
+    weights = [torch.randn(width, width) / width**0.5 for _ in range(depth)]
+    layers = [
+        [part.to(gpu) for part, gpu in zip(weight.chunk(len(gpus)), gpus, strict=True)]
+        for weight in weights
+    ]
+    return weights, layers
 
 
 def judge_outputs(
