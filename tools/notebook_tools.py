@@ -29,6 +29,8 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbformat import NotebookNode
 from PIL import Image
 
+from course_lib.progress.lessons import definitions_of
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 METADATA = {
@@ -353,16 +355,8 @@ def without_measurements(nb: NotebookNode) -> NotebookNode:
     nb = copy.deepcopy(nb)
     for cell in nb.cells[: min(exercise.stub_index for exercise in exercises(nb))]:
         if cell.cell_type == "code" and cell.id != "setup":
-            tree = ast.parse(cell.source)
-            tree.body = [part for part in tree.body if _only_defines(part)]
-            cell.source = ast.unparse(tree)
+            cell.source = definitions_of(cell.source)
     return nb
-
-
-def _only_defines(part: ast.stmt) -> bool:
-    if isinstance(part, ast.FunctionDef):
-        return not part.args.defaults
-    return isinstance(part, (ast.Import, ast.ImportFrom, ast.ClassDef))
 
 
 def said(cell: NotebookNode) -> str:
