@@ -37,7 +37,7 @@ ROOT := --allow-root
 endif
 
 .PHONY: help lab fresh test browser unit nb notebooks portable test-with conformance \
-  pytorch-tests images bench lint constraints dist clean
+  pytorch-tests images student slides bench lint constraints dist clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -88,6 +88,14 @@ notebooks: $(STAMP) ## Run the notebooks anew and keep their outputs (one: NB=no
 
 images: $(STAMP) ## Draw every picture anew
 	@for script in images/*.py; do echo "$$script"; $(PY) "$$script" || exit 1; done
+
+student: $(STAMP) ## Make the lessons without solutions, and an answer key, in build/editions
+	$(PY) tools/editions.py build/editions
+
+# What writes the slides is of no use to anyone else: it is installed when they are made.
+slides: $(STAMP) ## Make a deck for each lesson, to edit and to show, in build/slides
+	@$(PIP) install -q python-pptx
+	$(PY) tools/slides.py build/slides
 
 bench: $(STAMP) ## Run the benchmarks
 	$(PY) tools/bench_virtual.py
