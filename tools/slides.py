@@ -73,7 +73,7 @@ def _question_slide(nb: NotebookNode) -> Slide:
         "\n".join(cell.source for cell in nb.cells if cell.id.startswith("guess-")),
         re.MULTILINE,
     )
-    asked += [f"Your guess: {re.sub(TYPE_IT, '', guess)}" for guess in guesses]
+    asked += [f"Your guess: {_plain(re.sub(TYPE_IT, '', guess))}" for guess in guesses]
     return Slide("The question", asked, notes=source)
 
 
