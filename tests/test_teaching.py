@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from pathlib import Path
 
 import nbformat
 import pytest
 
-from notebook_tools import NOTEBOOKS, ROOT
+from notebook_tools import NOTEBOOKS, ROOT, lessons, said
 
 GUIDE = (ROOT / "docs" / "teaching" / "README.md").read_text(encoding="utf-8")
 
@@ -58,3 +59,60 @@ def test_a_row_names_headings_of_its_lesson_in_their_order(title, what, first, l
     found = headings(lesson)
     assert found.index(first) <= found.index(last)
     assert how in ("together", "show", "alone")
+
+
+NOTES = sorted((ROOT / "docs" / "teaching" / "lessons").glob("*.md"))
+PARTS = [
+    "The predictions",
+    "What people get wrong",
+    "On the projector",
+    "If time is short",
+    "Ask the room",
+    "Where to stop",
+]
+WITH_UNIT = re.compile(
+    r"\d[\d,.]*(?=(?: ?%| ms| MB| kB| times| tokens| bytes| sequences| all-reduces| S\b))"
+)
+
+
+def lesson_of(notes: Path) -> nbformat.NotebookNode:
+    (path,) = NOTEBOOKS.glob(f"{notes.stem}_*.ipynb")
+    return nbformat.read(path, as_version=4)
+
+
+def test_each_lesson_has_notes_for_teachers() -> None:
+    assert [notes.stem for notes in NOTES] == [path.name[:2] for path in lessons()]
+
+
+@pytest.mark.parametrize("notes", NOTES, ids=lambda path: path.stem)
+def test_notes_have_the_parts_that_a_teacher_looks_for(notes: Path) -> None:
+    text = notes.read_text("utf-8")
+    assert text.splitlines()[0] == lesson_of(notes).cells[0].source.splitlines()[0]
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == PARTS
+
+
+@pytest.mark.parametrize("notes", NOTES, ids=lambda path: path.stem)
+def test_a_result_that_notes_name_stands_in_the_lesson(notes: Path) -> None:
+    text = notes.read_text("utf-8")
+    results = [row.split("|")[2] for row in text.splitlines() if row.startswith("| ")][1:]
+    nb = lesson_of(notes)
+    everything = "\n".join(cell_text(cell) for cell in nb.cells)
+    for number in WITH_UNIT.findall("\n".join(results)):
+        assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", everything), number
+
+
+@pytest.mark.parametrize("notes", NOTES, ids=lambda path: path.stem)
+def test_what_notes_call_by_name_are_headings_and_exercises_of_the_lesson(notes: Path) -> None:
+    nb = lesson_of(notes)
+    titles = "\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
+    after = notes.read_text("utf-8").partition("## What people get wrong")[2]
+    for name in re.findall(r"(?<![*\w])\*([A-Z1][^*]+)\*(?!\*)", after.replace("\n", " ")):
+        name = re.sub(r" +", " ", name)
+        assert re.search(rf"^##+ .*{re.escape(name)}", titles, re.MULTILINE), name
+
+
+def cell_text(cell: nbformat.NotebookNode) -> str:
+    """What stands in a cell and below it, tables included."""
+    outputs = cell.get("outputs", [])
+    tables = [output.get("data", {}).get("text/markdown", "") for output in outputs]
+    return "\n".join([cell.source, said(cell) if outputs else "", *tables])
