@@ -77,6 +77,14 @@ def test_nothing_that_the_search_left_out_is_faster() -> None:
         assert best.seconds <= other.seconds or not other.fits
 
 
+def test_virtual_stages_of_a_layer_each_are_tried_where_layers_do_not_divide() -> None:
+    """126 layers over 16 stages: the fullest has 8, and 8 virtual stages are the fastest."""
+    found = search(
+        MODELS["llama3-405b"], cluster("H100", 16384), 2048, 8192, tensor=8, pipeline=16, keep=1
+    )
+    assert found.best[0].layout.virtual_stages == 8
+
+
 def test_a_smaller_memory_leaves_fewer_layouts_and_no_faster_one() -> None:
     where = cluster("A100", 16)
     roomy = search(SMALL, where, 64, 2048)

@@ -130,8 +130,8 @@ def _refined(
 ) -> Iterator[Layout]:
     """The same cut with all stages, shards, microbatches and policies."""
     replica = cut.batch // cut.data
-    stages = model.layers // cut.pipeline
-    virtual = [1, *(part for part in (2, 3, 4, 5, 6, 8) if part <= stages and cut.pipeline > 1)]
+    layers = cut.stage_layers(model.layers)  # of the fullest stage
+    virtual = [1, *(part for part in (2, 3, 4, 5, 6, 8) if part <= layers and cut.pipeline > 1)]
     sharded = [0, 1, 3] if cut.data > 1 else [0]
     if cut.pipeline > 1 and 3 in sharded:
         sharded.remove(3)  # gathers anew for every microbatch, or holds all: neither pays
