@@ -5,7 +5,6 @@ Heights and lengths are not to scale: how large each part is, the lesson asks th
 
 from drawing import (
     ACTIVATION,
-    DEVICE,
     GRADIENT,
     GREY,
     LAYER,
@@ -37,13 +36,13 @@ def draw() -> str:
         "A plan has two sides: what a GPU must hold, and what a step takes",
         "Above, the memory of one GPU as four boxes on top of each other, each with what divides "
         "it: weights and gradients are divided by tensor and pipeline parallelism, the optimizer "
-        "also by data parallelism where it is sharded, activations by tensor and pipeline parallelism, "
-        "times the microbatches in flight. Beside it the question: does it fit? Below, one step as a row "
-        "of five boxes: products, which take operations divided by speed; all else, which takes "
-        "bytes moved divided by the speed of the memory; sums and hops, which take bytes sent "
-        "divided by the speed of the links; waits, while the pipeline fills and empties; and the "
-        "exchange of gradients and weights between replicas. The first three repeat for each "
-        "microbatch. Beside it the question: how many steps a day? Sizes are not to scale.",
+        "also by data parallelism where it is sharded, activations by tensor and pipeline "
+        "parallelism, times the microbatches in flight. Beside it the question: does it fit? "
+        "Below, one step as a row of five boxes: products, which take operations divided by "
+        "speed; all else, which takes bytes moved divided by the speed of the memory; sums and "
+        "hops, which take bytes sent divided by the speed of the links; waits, while the pipeline "
+        "fills and empties; and the exchange of gradients and weights between replicas. The first "
+        "three repeat for each microbatch. Beside it the question: how many tokens a day?",
     )
     picture.text(24, 30, "1. what a GPU must hold", 17, "start", bold=True)
     picture.text(24, 56, "decides which layouts are possible", 15, "start", colour=SOFT)
@@ -67,8 +66,7 @@ def draw_step(picture: Picture, top: float) -> None:
     picture.bracket(LEFT, LEFT + 3 * step - 6, row - 14, "for each microbatch")
     for place, (words, colour, grows) in enumerate(PARTS):
         left = LEFT + place * step
-        strength = 0.25 if colour != DEVICE else 0.15
-        picture.box(left, row, step - 6, 50, words, colour, 16, bold=True, strength=strength)
+        picture.box(left, row, step - 6, 50, words, colour, 16, bold=True)
         for line, each in enumerate(grows):
             picture.text(left + step / 2 - 3, row + 68 + 19 * line, each, 14)
     middle = row + 25

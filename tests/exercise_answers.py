@@ -18,6 +18,7 @@ import course_lib
 import notebook_tools
 from course_lib.exercises.verdict import Verdict
 from course_lib.parallel.collectives import all_gather, all_reduce, reduce_scatter, ring_all_reduce
+from course_lib.planner import Layout
 
 Answer = Callable[..., object]
 
@@ -44,6 +45,7 @@ LESSON_NAMES = {
     "all_gather": all_gather,
     "reduce_scatter": reduce_scatter,
     "ring_all_reduce": ring_all_reduce,
+    "Layout": Layout,
 }
 
 BELITTLING = re.compile(r"\b(simply|just|obviously|trivially)\b", re.IGNORECASE)

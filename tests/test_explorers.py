@@ -21,6 +21,7 @@ from course_lib.explorers import (
     lesson_07,
     lesson_08,
     lesson_09,
+    lesson_14,
 )
 from course_lib.explorers.explorer import Explorer, choice
 from course_lib.hardware import memory_in_use
@@ -37,6 +38,7 @@ ALL = [
     lesson_07.explore_ring_attention,
     lesson_08.explore_sharding,
     lesson_09.explore_methods,
+    lesson_14.explore_plans,
 ]
 # These draw fast, so that several of their settings can be tried.
 EXPLORERS = [
@@ -44,6 +46,7 @@ EXPLORERS = [
     lesson_01.explore_step,
     lesson_03.explore_all_reduce,
     lesson_08.explore_sharding,
+    lesson_14.explore_plans,
 ]
 
 
@@ -169,3 +172,12 @@ def test_a_sharded_model_never_fits_only_if_no_number_of_gpus_is_enough(
 ) -> None:
     counts = [1, 2, 4, 8, 16, 32, 64, 128]
     assert lesson_08.where_it_fits(stage, billions, memory, counts) == words
+
+
+def test_a_cluster_that_is_too_small_is_said_in_the_title() -> None:
+    explorer = lesson_14.explore_plans()
+    controls = {control.description: control for control in explorer.children[:-2]}
+    controls["GPUs"].value = 64
+    said = explorer.children[-2].value
+    assert "llama3-405b does not fit on 64 x H100" in said
+    assert "the smallest layout needs" in said

@@ -122,11 +122,11 @@ def check_stages(stage_bytes: Callable[[Model, Layout, float], Sequence[float]])
         ours = _numbers(stage_bytes(model, layout, kept), layout.pipeline)
         wanted = [held(model, layout, kept, stage) for stage in range(layout.pipeline)]
         for stage, (one, other) in enumerate(zip(ours, wanted, strict=True)):
-            if not math.isclose(one, other, rel_tol=1e-6):
+            if not math.isclose(one, other, rel_tol=1e-9):
                 raise Wrong(
                     f"{model.name}, tensor {layout.tensor}, pipeline {layout.pipeline}, data "
                     f"{layout.data}, {layout.microbatches} microbatches: stage {stage} holds "
-                    f"{other / 1e9:.2f} GB, and yours {one / 1e9:.2f}."
+                    f"{other:,.0f} bytes, and yours {one:,.0f}."
                     f"{mistake_of(model, layout, kept, stage, one)}"
                 )
         fullest.append(f"{wanted.index(max(wanted))} of {layout.pipeline}")
@@ -152,19 +152,19 @@ def check_virtual(fewest_virtual_stages: Callable[[int, int, int, float], int | 
     """Graded on shares that count idle time in the step, and on what divides."""
     for p, m, layers, share, wanted, why in (
         (8, 64, 64, 0.1, 1, "The bubble is a part of the step here, work and wait together."),
-        (16, 16, 128, 0.15, 8, ""),
-        (16, 16, 128, 0.1, None, "A virtual stage has at least one layer."),
         (4, 8, 12, 0.2, 3, "Each stage's layers divide evenly over its virtual stages."),
+        (16, 16, 128, 0.15, 8, "4 leave 19 % of the step as bubble."),
+        (16, 16, 128, 0.1, None, "A virtual stage has at least one layer."),
         (8, 12, 64, 0.3, None, "Interleaved takes microbatches in groups of p."),
         (8, 12, 64, 0.4, 1, "A single virtual stage is 1F1B, which takes any number."),
         (1, 8, 24, 0.0, 1, "One stage waits for nobody."),
-        (12, 24, 72, 0.2, 2, ""),
+        (12, 24, 72, 0.2, 2, "1 leaves 31 % of the step as bubble."),
     ):
         ours = fewest_virtual_stages(p, m, layers, share)
         if ours != wanted or isinstance(ours, bool):
             raise Wrong(
                 f"{p} stages, {m} microbatches, {layers} layers, a share of {share:g}: {wanted} is "
-                f"right, and yours is {ours!r}.{' ' * bool(why)}{why}"
+                f"right, and yours is {ours!r}. {why}"
             )
     return right("the fewest virtual stages, and None where no number is enough.")
 

@@ -78,10 +78,10 @@ def mistake_of(model: Model, layout: Layout, kept: float, stage: int, ours: floa
     p, m, right = layout.pipeline, layout.microbatches, parts(model, layout, stage)
     counts = "Under 1F1B stage r keeps p - r microbatches, and never more than there are."
     changes: list[tuple[str, dict[str, float]]] = [
+        ("A stage keeps several microbatches at once: p - r of them at stage r.", {"flight": 1}),
         (counts, {"flight": p}),
         (counts, {"flight": p - stage}),
         (counts, {"flight": stage + 1}),
-        ("A stage keeps several microbatches at once: p - r of them at stage r.", {"flight": 1}),
         ("All microbatches at once is GPipe; under 1F1B stage r keeps p - r.", {"flight": m}),
         ("ZeRO-1 divides the optimizer's 12 bytes by the replicas.", {"optimizer": 12.0}),
         (
@@ -100,8 +100,8 @@ def mistake_of(model: Model, layout: Layout, kept: float, stage: int, ours: floa
     ]
     for words, change in changes:
         wrong = Parts(**{**vars(right), **change}).bytes(model, kept)
-        is_change = not math.isclose(wrong, right.bytes(model, kept), rel_tol=1e-6)
-        if is_change and math.isclose(wrong, ours, rel_tol=1e-6):
+        is_change = not math.isclose(wrong, right.bytes(model, kept), rel_tol=1e-9)
+        if is_change and math.isclose(wrong, ours, rel_tol=1e-9):
             return f" {words}"
     state = right.bytes(model, 0.0) - right.logits
     activations = right.layers * kept * right.flight

@@ -1,0 +1,163 @@
+"""What lesson 14 derives in its cells is what ``course_lib.planner`` counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+import test_lessons_equal_modules as lessons
+from course_lib.exercises.stage_memory import PIPELINES, held
+from course_lib.planner import MODELS, Layout, cluster, gpt, plan
+from course_lib.planner.communication import Network, layer_collectives, stage_sends
+from course_lib.planner.constants import fitted
+from course_lib.planner.memory import gpu_memory, in_flight, layer_activations, stage_shares
+from course_lib.planner.published import runs
+from course_lib.planner.timing import idle
+
+# A planner that knows no more than the lesson does: products and links reach all of their speed,
+# nothing is hidden, nothing takes a time of its own.
+IDEAL = replace(
+    fitted(),
+    product_a100=1.0,
+    product_h100=1.0,
+    wave=0.0,
+    product_traffic=0.0,
+    scores_traffic=0.0,
+    fused_traffic=0.0,
+    host_layer=0.0,
+    fixed_layer=0.0,
+    step=0.0,
+    nvlink_part=1.0,
+    nvlink_base=0.0,
+    nvlink_hop=0.0,
+    network_part=1.0,
+    network_hop=0.0,
+    hidden=0.0,
+    reserved=0.0,
+    fragments=1.0,
+)
+# Sequence parallelism, so that what is sent between stages need not be put together again.
+LAYOUTS = [
+    Layout(16, 8192, attention="unfused"),
+    Layout(32, 2048, tensor=8, sequence_parallel=True, attention="unfused", recompute="full"),
+    Layout(32, 8192, tensor=8, sequence_parallel=True, pipeline=16, attention="unfused"),
+    Layout(
+        64, 4096, tensor=8, sequence_parallel=True, pipeline=8, microbatch=2,
+        schedule="interleaved", virtual_stages=5, attention="unfused",
+    ),
+]  # fmt: skip
+LLAMA = MODELS["llama3-70b"]
+
+
+CELLS = (
+    "guess-405b", "operations", "state", "kept", "guess-flight", "flight", "guess-fits", "fits",
+    "guess-tensor", "tensor", "step-communication", "guess-bubble", "bubble", "step",
+)  # fmt: skip
+
+
+@pytest.fixture
+def lesson() -> Iterator[SimpleNamespace]:
+    yield lessons.definitions("14_planning_a_cluster_run.ipynb", *CELLS)
+    lessons.namespaces.clear()
+
+
+@pytest.mark.parametrize("name", ["gpt3-175b", "llama3-8b", "llama3-405b"])
+def test_the_operations_of_a_token_are_the_same(lesson, name: str) -> None:
+    model = MODELS[name]
+    for length in (2048, 8192, 131072):
+        assert lesson.flops_per_token(model, length) == model.flops_per_token(length)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gpu_holds_the_same_bytes(lesson, layout: Layout) -> None:
+    assert lesson.kept_bytes(LLAMA, layout) * layout.tokens == pytest.approx(
+        layer_activations(LLAMA, layout, "none"), rel=1e-12
+    )
+    assert lesson.in_flight(layout) == pytest.approx(in_flight(layout, 0))
+    counted = gpu_memory(LLAMA, layout, IDEAL)
+    logits = 12.0 * layout.tokens * LLAMA.vocabulary / layout.tensor
+    last_too = logits if layout.pipeline == 1 else 0.0
+    assert lesson.activation_bytes(LLAMA, layout) + last_too == pytest.approx(counted.activations)
+
+
+def test_the_state_is_the_same_where_one_gpu_has_all_of_a_model(lesson) -> None:
+    for data in (1, 8, 64):
+        layout = Layout(64, 8192, data=data, sharded=1)
+        counted = gpu_memory(LLAMA, layout, IDEAL)
+        state = counted.parameters + counted.gradients + counted.optimizer
+        assert lesson.state_bytes(LLAMA, layout) == pytest.approx(state, rel=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_messages_take_the_same_seconds(lesson, layout: Layout) -> None:
+    where = cluster("H100", layout.gpus)
+    network = Network(where, IDEAL)
+    passes = 3 if layout.recompute == "full" else 2
+    sums = passes * sum(each.total for each in layer_collectives(LLAMA, layout, network))
+    assert lesson.tensor_seconds(LLAMA, layout, where) == pytest.approx(sums)
+    hops = 2 * layout.virtual_stages * sum(x.total for x in stage_sends(LLAMA, layout, network))
+    assert lesson.hop_seconds(LLAMA, layout, where) == pytest.approx(hops)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_waits_are_the_same(lesson, layout: Layout) -> None:
+    assert lesson.waits(layout) == pytest.approx(idle(layout, 1.0, 1 / 3, 2 / 3))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_a_step_takes_the_seconds_of_a_planner_that_knows_no_more(lesson, layout: Layout) -> None:
+    where = cluster("H100", layout.gpus)
+    counted = plan(LLAMA, where, layout, IDEAL).time
+    update = counted.optimizer
+    ours = lesson.step_seconds(LLAMA, layout, where, part=1.0, traffic=0.0)
+    assert ours == pytest.approx(counted.total - update, rel=1e-9)
+
+
+def test_a_pipeline_waits_as_long_as_the_planners(lesson) -> None:
+    layout = LAYOUTS[3]  # 80 layers over 8 x 5: every stage is equal
+    where = cluster("H100", layout.gpus)
+    counted = plan(LLAMA, where, layout, IDEAL).time
+    whole = lesson.step_seconds(LLAMA, layout, where, 1.0, 0.0)
+    without = lesson.step_seconds(LLAMA, layout, where, 1.0, 0.0, without=("bubble",))
+    assert whole - without == pytest.approx(counted.bubble)
+    assert whole == pytest.approx(counted.total - counted.optimizer)
+
+
+def test_replicas_exchange_what_the_planner_sends(lesson) -> None:
+    """But for the embedding, which the planner puts on the first stage."""
+    model = gpt("a GPT", 24, 2048, 16)
+    for sharded in (0, 1):
+        layout = Layout(64, 2048, data=64, sharded=sharded, overlap=False)
+        where = cluster("A100", 64)
+        counted = plan(model, where, layout, IDEAL).time.exposed
+        assert lesson.exchange_seconds(model, layout, where) == pytest.approx(counted)
+
+
+def test_the_runs_that_show_the_bubble_differ_in_microbatches_alone() -> None:
+    plain = [run for run in runs("zero_bubble") if run.layout.schedule == "1F1B"]
+    for few, many in zip(plain[0::3], plain[2::3], strict=True):
+        assert (few.model, few.cluster) == (many.model, many.cluster)
+        assert replace(few.layout, batch=many.layout.batch) == many.layout
+        assert few.layout.microbatches < many.layout.microbatches
+
+
+@pytest.mark.parametrize("model, layout", PIPELINES[:3], ids=lambda each: getattr(each, "name", ""))
+def test_exercise_2_counts_the_bytes_that_the_planner_counts(model, layout) -> None:
+    kept = layer_activations(model, layout, "none")
+    layout = replace(layout, sharded=1)
+    stages = [held(model, layout, kept, stage) for stage in range(layout.pipeline)]
+    counted = gpu_memory(model, layout, IDEAL)
+    buckets = counted.buffers  # DeepSpeed's, for ZeRO-1
+    assert max(stages) == pytest.approx(counted.total - buckets, rel=1e-9)
+    for stage in range(layout.pipeline):
+        assert stages[stage] > stage_shares(model, layout, stage).parameters * 6
+
+
+def test_exercise_4_cannot_be_solved_by_dividing_gpu_hours() -> None:
+    from course_lib.exercises.lesson_14 import COUNTS, _best_plan
+
+    hours = [_best_plan(count).gpu_hours(1e12) for count in COUNTS[4:]]
+    assert hours[-1] > 1.02 * hours[0]
