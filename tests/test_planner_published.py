@@ -13,7 +13,7 @@ import pytest
 
 from course_lib.planner import clusters, searched_runs
 from course_lib.planner.communication import Network
-from course_lib.planner.constants import Constants, fitted, held_out
+from course_lib.planner.constants import Constants, fitted, held_out, meanings
 from course_lib.planner.fit import (
     LINKS,
     MEMORY,
@@ -120,6 +120,7 @@ def test_every_constant_is_fitted_and_means_a_part_or_a_size() -> None:
             assert value > 0
             assert value <= 1 or name not in PARTS
     assert len(asdict(fitted())) < 30
+    assert list(meanings()) == list(asdict(fitted()))
 
 
 def test_every_split_holds_rows_out_and_has_constants_of_its_own() -> None:

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -106,6 +108,14 @@ class Constants:
     def traffic(self, kernels: str) -> float:
         """Traffic of all that is no product, over what it must move."""
         return float(getattr(self, f"{kernels}_traffic"))
+
+
+@cache
+def meanings() -> dict[str, str]:
+    """What each constant means, in the words of :class:`Constants`."""
+    words = inspect.getdoc(Constants) or ""
+    listed = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", words, re.MULTILINE)
+    return {name: " ".join(meaning.split()) for name, meaning in listed}
 
 
 @cache

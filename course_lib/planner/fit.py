@@ -20,7 +20,7 @@ import numpy as np
 from course_lib.planner import searched_runs
 from course_lib.planner.clusters import cluster
 from course_lib.planner.communication import Network
-from course_lib.planner.constants import FILE, Constants, fitted, held_out
+from course_lib.planner.constants import FILE, Constants, fitted, held_out, meanings
 from course_lib.planner.least_squares import Problem, minimize
 from course_lib.planner.memory import gpu_memory
 from course_lib.planner.published import READERS, all_runs
@@ -164,7 +164,7 @@ def write() -> None:
 def report() -> None:
     """Print constants, errors of rows that nobody fitted beside the rival's, and sources."""
     for name, value in asdict(fitted()).items():
-        print(f"{name:20} {value:.4g}")
+        print(f"{name:20} {value:<10.4g} {meanings()[name]}")
     print(f"\n{'rows that nobody fitted':44}  rows   mean  median  worst  rival")
     for split in SPLITS:
         _print_errors(split.name, *errors_of(split, held_out()[split.name]))
