@@ -7,9 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from course_lib import A100
-from course_lib.planner import MODELS, Layout, Model, achievable, cluster, from_config, gpt, plan
+import course_lib
+from course_lib import A100, A100_PCIE, GB200, H100, H200, LAPTOP, Spec
+from course_lib.hardware import fresh_devices
+from course_lib.planner import GPUS, MODELS, Layout, Model, cluster, from_config, gpt, plan
 from course_lib.planner.communication import Network, layer_collectives, state_collectives
 from course_lib.planner.constants import fitted
 from course_lib.planner.layer_work import LayerTimes
@@ -17,6 +20,7 @@ from course_lib.planner.memory import gpu_memory, in_flight, layer_activations, 
 from course_lib.planner.published import runs
 from course_lib.planner.rows import read
 from course_lib.planner.timing import idle, step_time
+from course_lib.virtual.achieved import Achieved
 
 ONE = Layout(batch=8, sequence_length=2048)
 
@@ -232,12 +236,46 @@ def test_a_slower_network_takes_longer_and_a_faster_one_cannot_pass_compute() ->
     assert seconds[0] > 2 * seconds[2]
 
 
-def test_what_is_achievable_is_less_than_the_data_sheet() -> None:
-    import torch
+@pytest.mark.parametrize("spec", [A100, H100, H200, GB200], ids=lambda spec: spec.name)
+def test_what_a_spec_achieves_is_what_the_fit_found(spec: Spec) -> None:
+    found, parts = fitted(), spec.achieved
+    assert parts is not None
+    assert parts.product == found.product_part(GPUS[spec.name], "2023")
+    assert (parts.link, parts.network) == (found.nvlink_part, found.network_part)
 
-    spec = achievable(A100)
-    assert 0.5 < spec.peak_flops(torch.bfloat16) / A100.peak_flops(torch.bfloat16) < 1
-    assert 0.5 < spec.link_bandwidth / A100.link_bandwidth < 1
+
+def test_a_virtual_gpu_that_is_asked_for_what_is_achievable_takes_that_long(vgpus) -> None:
+    """A large product, on the data sheet's A100 and on the achievable one."""
+    seconds = {}
+    for name, spec in (("sheet", A100), ("achievable", A100.achievable())):
+        with fresh_devices(1, spec.with_(launch_overhead=0.0), backing="meta") as (gpu,):
+            matrix = torch.empty(8192, 8192, dtype=torch.bfloat16, device=gpu)
+            with course_lib.trace() as recording:
+                matrix @ matrix
+        seconds[name] = recording.seconds
+    assert seconds["sheet"] / seconds["achievable"] == pytest.approx(fitted().product_a100)
+
+
+def test_a_divided_gpu_achieves_the_same_parts() -> None:
+    divided, whole = (A100 / 1000).achievable(), A100.achievable()
+    bf16 = torch.bfloat16
+    assert divided.peak_flops(bf16) == pytest.approx(whole.peak_flops(bf16) / 1000)
+    assert divided.link_bandwidth == pytest.approx(whole.link_bandwidth / 1000)
+    assert divided.network.bandwidth == pytest.approx(whole.network.bandwidth / 1000)
+    assert (whole.latency, whole.memory) == (A100.latency, A100.memory)
+
+
+@pytest.mark.parametrize("spec", [LAPTOP, A100_PCIE, A100.achievable()], ids=lambda s: s.name)
+def test_what_nobody_fitted_is_refused(spec: Spec) -> None:
+    with pytest.raises(ValueError, match=r"what a .* achieves is not known: give it parts"):
+        spec.achievable()
+    given = spec.with_(achieved=A100.achieved).achievable()
+    assert given.peak_flops(torch.bfloat16) < spec.peak_flops(torch.bfloat16)
+
+
+def test_a_part_is_a_part() -> None:
+    with pytest.raises(ValueError, match="product of Achieved is a part"):
+        Achieved(product=1.2)
 
 
 def test_a_config_json_is_read(tmp_path: Path) -> None:

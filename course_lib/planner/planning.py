@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from course_lib import Spec, format_bytes
+from course_lib import format_bytes
 from course_lib.planner.clusters import Cluster
 from course_lib.planner.constants import Constants, fitted
 from course_lib.planner.layer_work import linear_products, score_flops
@@ -186,18 +186,3 @@ def remedy(asked: Plan) -> str:
     if layout.sharded < 3 and layout.data > 1:
         return f"most of it is model state: sharded={layout.sharded + 1} splits more of it"
     return "most of it is model state: more tensor or pipeline parallelism, or more GPUs"
-
-
-def achievable(gpu: Spec, constants: Constants | None = None) -> Spec:
-    """The GPU that training meets: products and links at the part that large ones reach.
-
-    Virtual GPUs of this spec take the time of measured ones, not that of the data sheet.
-    """
-    found = constants or fitted()
-    part = found.product_part(gpu, "2023")
-    return gpu.with_(
-        name=f"{gpu.name} (achievable)",
-        flops={dtype: rate * part for dtype, rate in gpu.flops.items()},
-        link_bandwidth=gpu.link_bandwidth * found.nvlink_part,
-        source=f"{gpu.source}; parts of it as the planner's fit found them",
-    )

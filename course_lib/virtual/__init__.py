@@ -3,6 +3,7 @@
 How it works, in the order to read it:
 
 * ``network``  what joins machines: network cards, and which GPU uses which;
+* ``achieved``  what of a data sheet measured training reaches;
 * ``spec``     what a GPU can do: speeds and sizes, as data;
 * ``tasks``    operations whose times are not known yet, and the order in which they get them;
 * ``streams``  queues of work, events, and what waits for what;

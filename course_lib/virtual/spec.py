@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from course_lib.virtual.achieved import Achieved
 from course_lib.virtual.network import INFINIBAND_HDR, INFINIBAND_NDR, Network, is_finite
 
 DEVICE_TYPE = "vgpu"  # "vgpu:1" is to a virtual GPU what "cuda:1" is to a real one
@@ -36,6 +37,7 @@ class Spec:
         launch_overhead: seconds the host needs to enqueue one operation.
         network: what joins its node to others, where there are some.
         source: where the numbers come from.
+        achieved: what of its speeds measured training reaches, where that is known.
 
     Raises:
         ValueError: a number is not finite and above zero (the two latencies may be zero), or there
@@ -52,6 +54,7 @@ class Spec:
     latency: float = 2.5e-6
     launch_overhead: float = 5e-6
     network: Network = INFINIBAND_HDR
+    achieved: Achieved | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.flops, Mapping) or torch.float32 not in self.flops:
@@ -93,6 +96,31 @@ class Spec:
         name = f"{self.name.removesuffix(' (changed)')} (changed)"
         return replace(self, **{"name": name, **changes})
 
+    def achievable(self) -> Spec:
+        """The GPU that training meets, instead of its data sheet's.
+
+        Products, links and network are as fast as large ones are in published runs; a virtual GPU
+        of this spec predicts a real step better. Memory's speed and the latencies stay.
+
+        Raises:
+            ValueError: nobody has fitted what it achieves, or this is what it achieves.
+        """
+        if self.achieved is None:
+            raise ValueError(
+                f"what a {self.name} achieves is not known: give it parts, as in "
+                "spec.with_(achieved=course_lib.A100.achieved)"
+            )
+        parts = self.achieved
+        return replace(
+            self,
+            name=f"{self.name} (achievable)",
+            flops={dtype: rate * parts.product for dtype, rate in self.flops.items()},
+            link_bandwidth=self.link_bandwidth * parts.link,
+            network=replace(self.network, bandwidth=self.network.bandwidth * parts.network),
+            source=f"{self.source}; parts of it as the planner's fit found them",
+            achieved=None,
+        )
+
     def peak_flops(self, dtype: torch.dtype) -> float:
         """Peak FLOP/s of a matrix product in ``dtype``."""
         return self.flops.get(dtype, self.flops[torch.float32])
@@ -123,6 +151,7 @@ A100 = Spec(
     memory_bandwidth=2.039e12,
     link_bandwidth=300e9,
     host_bandwidth=32e9,
+    achieved=Achieved(product=0.8056),
     source="NVIDIA A100 Tensor Core GPU data sheet, column A100 80GB SXM: FP64 Tensor Core 19.5, "
     "FP32 19.5, BFLOAT16 and FP16 Tensor Core 312 TFLOPS; 80GB at 2,039 GB/s; NVLink 600 GB/s, "
     "PCIe Gen4 64 GB/s",
@@ -141,6 +170,7 @@ H100 = Spec(
     link_bandwidth=450e9,
     host_bandwidth=64e9,
     network=INFINIBAND_NDR,
+    achieved=Achieved(product=0.6798),
     source="NVIDIA H100 Tensor Core GPU data sheet, column H100 SXM: FP64 Tensor Core 67, FP32 67, "
     "BFLOAT16 and FP16 Tensor Core 1,979 teraFLOPS with sparsity, half of it without; 80GB at "
     "3.35TB/s; NVLink 900GB/s, PCIe Gen5 128GB/s",
@@ -168,6 +198,7 @@ GB200 = Spec(
     link_bandwidth=900e9,
     host_bandwidth=450e9,
     network=INFINIBAND_NDR,
+    achieved=Achieved(product=0.5825),
     source="NVIDIA GB200 NVL72 data sheet, one GPU of 72 that NVLink joins: FP64 40, FP32 80, FP16 "
     "and BF16 5,000 TFLOPS with sparsity, half of it without; 186GB at 8TB/s; NVLink 1.8TB/s; to "
     "the Grace CPU 900GB/s, both directions together",
@@ -178,6 +209,7 @@ A100_PCIE = replace(
     name="A100 PCIe",
     memory_bandwidth=1.935e12,
     link_bandwidth=32e9,
+    achieved=None,  # its link is no NVLink, and its power limit is lower
     source="NVIDIA A100 Tensor Core GPU data sheet, column A100 80GB PCIe: an A100 with 1,935 "
     "GB/s, whose link to other GPUs is its PCIe Gen4, 64 GB/s (no NVLink bridge)",
 )
