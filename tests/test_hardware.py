@@ -166,7 +166,7 @@ def test_a_field_that_a_gpu_does_not_have_is_named_beside_those_that_it_has():
         A100.with_(memory=1e9, colour=3)
     assert str(caught.value) == (
         "a Spec has no 'colour'; it has name, flops, memory, memory_bandwidth, link_bandwidth, "
-        "host_bandwidth, source, latency, launch_overhead, network"
+        "host_bandwidth, source, latency, launch_overhead, network, achieved"
     )
 
 
