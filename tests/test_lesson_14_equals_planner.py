@@ -144,20 +144,23 @@ def test_the_runs_that_show_the_bubble_differ_in_microbatches_alone() -> None:
         assert few.layout.microbatches < many.layout.microbatches
 
 
-@pytest.mark.parametrize("model, layout", PIPELINES[:3], ids=lambda each: getattr(each, "name", ""))
+@pytest.mark.parametrize("model, layout", PIPELINES[:3])
 def test_exercise_2_counts_the_bytes_that_the_planner_counts(model, layout) -> None:
-    kept = layer_activations(model, layout, "none")
+    kept = layer_activations(model, layout, layout.recompute)
     layout = replace(layout, sharded=1)
     stages = [held(model, layout, kept, stage) for stage in range(layout.pipeline)]
     counted = gpu_memory(model, layout, IDEAL)
     buckets = counted.buffers  # DeepSpeed's, for ZeRO-1
-    assert max(stages) == pytest.approx(counted.total - buckets, rel=1e-9)
+    again = layer_activations(model, layout, "none") if layout.recompute == "full" else 0.0
+    assert max(stages) == pytest.approx(counted.total - buckets - again, rel=1e-9)
     for stage in range(layout.pipeline):
         assert stages[stage] > stage_shares(model, layout, stage).parameters * 6
 
 
-def test_exercise_4_cannot_be_solved_by_dividing_gpu_hours() -> None:
-    from course_lib.exercises.lesson_14 import COUNTS, _best_plan
-
-    hours = [_best_plan(count).gpu_hours(1e12) for count in COUNTS[4:]]
-    assert hours[-1] > 1.02 * hours[0]
+def test_exercise_2_has_pipelines_whose_first_and_whose_last_stage_is_the_fullest() -> None:
+    fullest = set()
+    for model, layout in PIPELINES:
+        kept = layer_activations(model, layout, layout.recompute)
+        stages = [held(model, layout, kept, stage) for stage in range(layout.pipeline)]
+        fullest.add((stages.index(max(stages)), layout.pipeline))
+    assert {(0, 4), (7, 8)} <= fullest

@@ -24,6 +24,7 @@ from course_lib.planner.communication import (
 )
 from course_lib.planner.constants import fitted
 from course_lib.planner.memory import gpu_memory, layer_activations, stage_shares
+from course_lib.planner.timing import step_time
 
 CONTEXT, WIDTH, HEADS, DEPTH, VOCABULARY = 32, 48, 4, 2, 64
 
@@ -161,3 +162,36 @@ def test_a_block_keeps_the_bytes_that_the_planner_counts(
     masks = 0 if dropout else 2 * WIDTH  # of two dropouts, which the planner counts
     little = 4 * (2 * 2 + HEADS)
     assert kept == counted + layout.tokens * (little - masks)
+
+
+# What the data sheet promises, and each operation for itself: what the virtual GPUs simulate.
+SHEET = replace(
+    fitted(),
+    product_a100=1.0,
+    attention_a100=1.0,
+    wave=0.0,
+    product_traffic=0.0,
+    eager_traffic=1.0,
+    fixed_layer=0.0,
+    host_layer=0.0,
+    step=0.0,
+)
+
+
+@pytest.mark.parametrize(("width", "heads", "depth"), [(4096, 32, 4), (8192, 64, 2)])
+def test_a_wide_gpt_takes_the_simulated_seconds_to_5_percent(
+    vgpus: list[torch.device], width: int, heads: int, depth: int
+) -> None:
+    """Forward and backward on one GPU. The update is PyTorch's own, and moves other bytes."""
+    spec = course_lib.A100.with_(launch_overhead=0.0)
+    (gpu,) = course_lib.devices(1, spec, backing="meta")
+    with torch.device("meta"):
+        model = GPT(8192, 2048, width, heads, depth, tied=False)
+    model = model.to(torch.bfloat16).to(gpu)
+    tokens = torch.zeros(1, 2048, dtype=torch.int64, device=gpu)
+    with course_lib.trace() as recording:
+        next_token_loss(model(tokens), tokens).backward()
+    layout = Layout(1, 2048, kernels="eager", attention="flash2")
+    sizes = gpt("", depth, width, heads, 8192)
+    counted = step_time(sizes, cluster("A100", 1), layout, SHEET)
+    assert recording.seconds == pytest.approx(counted.total - counted.optimizer, rel=0.05)

@@ -118,7 +118,7 @@ def check_stages(stage_bytes: Callable[[Model, Layout, float], Sequence[float]])
     """Graded on every stage of four pipelines; the last one is of a published figure."""
     fullest = []
     for model, layout in PIPELINES:
-        kept = layer_activations(model, layout, "none")
+        kept = layer_activations(model, layout, layout.recompute)
         ours = _numbers(stage_bytes(model, layout, kept), layout.pipeline)
         wanted = [held(model, layout, kept, stage) for stage in range(layout.pipeline)]
         for stage, (one, other) in enumerate(zip(ours, wanted, strict=True)):
@@ -187,15 +187,20 @@ def check_fewest(
 ) -> Verdict:
     """Graded on a 70B: where memory decides, where days decide, where nothing is enough."""
     facts = []
-    for tokens, days in ((2e12, 30.0), (1e9, 30.0), (15e12, 30.0), (2e11, 60.0)):
+    for tokens, days in ((2e12, 30.0), (1e9, 30.0), (2.3e12, 30.0), (1.4e11, 30.0)):
         ours = fewest_gpus(_best_plan, list(COUNTS), tokens, days)
         wanted = next((count for count in COUNTS if _enough(count, tokens, days)), None)
-        case = f"{tokens / 1e12:g} T tokens in {days:g} days"
+        case = f"{tokens / 1e9:,g} billion tokens in {days:g} days"
         if ours != wanted:
             hint = _fewest_hint(ours, tokens, days)
             raise Wrong(f"{case}: {wanted} is right, and yours is {ours!r}.{hint}")
         facts.append((case, str(ours), str(wanted)))
-    return right("the fewest GPUs that have room and are fast enough.", facts)
+    few, many = (_best_plan(count).gpu_hours(1e12) / 24 for count in (64, 1024))
+    return right(
+        "the fewest GPUs that have room and are fast enough. Dividing would not do: a trillion "
+        f"tokens take {few:,.0f} GPU-days on 64 GPUs and {many:,.0f} on 1,024.",
+        facts,
+    )
 
 
 def _enough(count: int, tokens: float, days: float) -> bool:

@@ -284,25 +284,41 @@ def it_always_fits(best_plan, counts, tokens, days):
     return next((n for n in counts if best_plan(n).days(tokens) <= days), None)
 
 
-@FEWEST.wrong("0.001 T tokens in 30 days", "it does not fit")
+@FEWEST.wrong("1 billion tokens in 30 days: 32 is right, and yours is 8", "it does not fit")
 def hours_divided(best_plan, counts, tokens, days):
     """What is known of the largest count, divided: as if each GPU were as good everywhere."""
     hours = best_plan(counts[-1]).gpu_hours(tokens)
     return next((n for n in counts if hours / n / 24 <= days), None)
 
 
-@FEWEST.wrong("0.001 T tokens", "are enough, and so are fewer")
+@FEWEST.wrong("2,300 billion tokens in 30 days: None is right, and yours is 1024")
+def the_hours_of_64_gpus_divided(best_plan, counts, tokens, days):
+    hours = best_plan(64).gpu_hours(tokens)
+    fits = [n for n in counts if days_or_never(best_plan, n, tokens) < float("inf")]
+    return next((n for n in fits if hours / n / 24 <= days), None)
+
+
+@FEWEST.wrong("140 billion tokens in 30 days: 64 is right, and yours is 96", "so are fewer")
+def the_hours_of_the_first_that_fits_divided(best_plan, counts, tokens, days):
+    fits = [n for n in counts if days_or_never(best_plan, n, tokens) < float("inf")]
+    if days_or_never(best_plan, counts[-1], tokens) > days:
+        return None
+    hours = best_plan(fits[0]).gpu_hours(tokens)
+    return next((n for n in fits if hours / n / 24 <= days), None)
+
+
+@FEWEST.wrong("1 billion tokens", "are enough, and so are fewer")
 def the_largest(best_plan, counts, tokens, days):
     enough = [n for n in counts if days_or_never(best_plan, n, tokens) <= days]
     return max(enough, default=None)
 
 
-@FEWEST.wrong("2 T tokens in 30 days", "it takes")
+@FEWEST.wrong("2,000 billion tokens in 30 days", "it takes")
 def the_first_that_fits(best_plan, counts, tokens, days):
     return next(n for n in counts if days_or_never(best_plan, n, tokens) < float("inf"))
 
 
-@FEWEST.wrong("15 T tokens in 30 days: None is right, and yours is 1024", "On 1024 it takes")
+@FEWEST.wrong("2,300 billion tokens in 30 days: None is right", "On 1024 it takes 32.3 days")
 def the_last_one_at_least(best_plan, counts, tokens, days):
     return all_that_are_enough(best_plan, counts, tokens, days) or counts[-1]
 
