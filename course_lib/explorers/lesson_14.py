@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from functools import cache
 
 import matplotlib.pyplot as plt
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from course_lib import style
 from course_lib.explorers.explorer import Explorer, choice
 from course_lib.planner import MODELS, Plan, cluster, search
+from course_lib.planner.planning import describe
 
 TOKENS = 15.6e12  # to train on
 STEP = 2**24  # tokens a step
@@ -20,24 +22,20 @@ def explore_plans() -> Explorer:
     """Lesson 14: the best layout that the search finds: its seconds, its memory, its days."""
 
     def draw(model: str, gpus: int, network: int, length: int, tensor: int) -> Figure:
-        words = f"{model} on {gpus:,} H100"
         try:
             found = _best(model, gpus, network, length, tensor)
         except ValueError as error:
             figure, ax = style.figure(height=1.2)
             ax.axis("off")
-            ax.set_title(f"{words}: {first_clause(error)}")
+            ax.set_title(why(error))
             return figure
         figure, axes = style.figure(columns=2, height=3.4)
         _seconds(axes[0], found)
         _memory(axes[1], found)
-        layout = found.layout
         axes[0].set_title(
-            f"{words}: MFU {found.mfu:.0%}, {found.days(TOKENS):,.0f} days\n"
-            f"data {layout.data}, tensor {layout.tensor}, pipeline {layout.pipeline} x "
-            f"{layout.virtual_stages}, context {layout.context}"
+            f"{model} on {gpus:,} H100:\nMFU {found.mfu:.0%}, {found.days(TOKENS):,.0f} days"
         )
-        axes[1].set_title(f"ZeRO-{layout.sharded}, recompute {layout.recompute}")
+        axes[1].set_title(textwrap.fill(describe(found.layout), 42), fontsize=10)
         return figure
 
     return Explorer(
@@ -56,10 +54,9 @@ def _best(model: str, gpus: int, network: int, length: int, tensor: int) -> Plan
     return search(MODELS[model], where, STEP // length, length, keep=1, tensor=tensor).best[0]
 
 
-def first_clause(error: ValueError) -> str:
-    """What an error of the search says, as long as a title may be."""
-    said = str(error).split("; ")[0].split(": ")
-    return "\n".join(said)
+def why(error: ValueError) -> str:
+    """What an error of the search says, a part a line; not what would help."""
+    return str(error).split("; ")[0].replace(": ", ":\n")
 
 
 def _seconds(ax: plt.Axes, found: Plan) -> None:
