@@ -12,6 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import course_lib
 from course_lib import doctor
+from course_lib.doctor import instruments as readers
 from course_lib.models import GPT, MLP, next_token_loss
 from course_lib.parallel.collectives import all_reduce, ring_all_reduce
 from course_lib.parallel.data_parallel import replicate, split_batch, train_step
@@ -106,7 +107,7 @@ def test_what_is_right_is_healthy(make_optimizer):
 def test_a_gpt_that_adamw_trains_is_healthy_at_a_tenth_of_the_tolerance(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(doctor, "TOLERANCE", doctor.TOLERANCE / 10)
+    monkeypatch.setattr(readers, "TOLERANCE", readers.TOLERANCE / 10)
     torch.manual_seed(0)
     gpt = GPT(65, context=16, width=32, heads=4, depth=2, tied=False)
     passages = [torch.randint(0, 65, (9, 16)) for _ in range(6)]
@@ -122,9 +123,14 @@ def test_the_courses_own_step_is_healthy():
     assert examine(the_courses_own(sgd, F.cross_entropy)).is_healthy
 
 
-def test_replicas_that_train_by_themselves_are_seen_by_three_instruments():
+def test_replicas_that_train_by_themselves_are_seen_by_four_instruments():
     report = examine(prepare_with(lambda replicas: None))
-    assert instruments(report) == ["replica against replica", "against one device", "bytes"]
+    assert instruments(report) == [
+        "replica against replica",
+        "against one device",
+        "gradient norm",
+        "bytes",
+    ]
     assert report.findings[0].step == 1
 
 
@@ -134,8 +140,9 @@ def test_a_sum_in_place_of_a_mean_leaves_replicas_alike_and_is_seen_beside_one_d
             all_reduce(copies)
 
     report = examine(prepare_with(sums))
-    assert instruments(report) == ["against one device"]
+    assert instruments(report) == ["against one device", "gradient norm"]
     assert "off by 2 of the way" in report.findings[0].reading  # three times as far
+    assert report.findings[1].reading.endswith(": 3x")
 
 
 def test_a_forgotten_parameter_is_named():
@@ -162,7 +169,8 @@ def test_buffers_are_compared_as_well():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16, affine=False), nn.Linear(16, 4))
     report = examine(prepare_with(mean), model)
-    assert any("running_mean of rank 1" in f.reading for f in report.findings)
+    (finding,) = (each for each in report.findings if each.instrument == "buffers")
+    assert finding.reading.startswith("1.running_mean of rank 1 is not rank 0's")
 
 
 def test_a_missing_wait_is_named():

@@ -1,0 +1,162 @@
+"""The doctor: your own data-parallel training step, beside training on one device.
+
+Training that is wrong in parallel raises no error, and its loss goes down. No single instrument
+sees everything that can be wrong; here twelve of them are read after every step.
+
+    def prepare(model, gpus):
+        replicas = replicate(model, gpus)
+        optimizers = [torch.optim.AdamW(each.parameters()) for each in replicas]
+        def step(x, y):
+            train_step(replicas, optimizers, split_batch(x, gpus), split_batch(y, gpus), loss)
+        return replicas, step
+
+    print(doctor.examine(model, prepare, batches, loss, torch.optim.AdamW, gpus))
+
+A finding is a reading, and not yet a cause; but it says where to look first. Lesson 15 goes from
+readings to causes.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from course_lib.doctor.instruments import INSTRUMENTS
+from course_lib.doctor.watching import Alone, MakeOptimizer, Prepare, Run, State, Step, watch
+from course_lib.parallel.collectives import all_reduce_bytes
+from course_lib.parallel.kinds import Devices, Loss
+from course_lib.timeline import Trace
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One reading that is not as it should be, the first of its kind.
+
+    Attributes:
+        step: after which step it was read, from 1.
+        instrument: which one was read.
+        reading: what it said.
+    """
+
+    step: int
+    instrument: str
+    reading: str
+
+    def __str__(self) -> str:
+        return f"step {self.step}, {self.instrument}: {self.reading}"
+
+
+@dataclass
+class Report:
+    """What the instruments said.
+
+    Attributes:
+        run: what was there after each step, for a closer look.
+        findings: what was not right, in the order in which it came up.
+    """
+
+    run: Run
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """How many steps were watched."""
+        return len(self.run.moments)
+
+    @property
+    def traces(self) -> list[Trace]:
+        """A recording of each step."""
+        return [moment.recording for moment in self.run.moments]
+
+    @property
+    def losses(self) -> list[float]:
+        """What the steps returned, where that was a number."""
+        return [moment.loss for moment in self.run.moments if moment.loss is not None]
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+    def __str__(self) -> str:
+        if self.is_healthy:
+            return f"{self.steps} step(s): the same training as on one device, as far as seen."
+        return "\n".join(str(finding) for finding in self.findings)
+
+    def _note(self, instrument: str, reading: str | None) -> None:
+        """Add a finding, if it is one and the first of its instrument."""
+        known = any(finding.instrument == instrument for finding in self.findings)
+        if reading is not None and not known:
+            self.findings.append(Finding(self.steps, instrument, reading))
+
+
+def examine(
+    model: nn.Module,
+    prepare: Prepare,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss_function: Loss,
+    make_optimizer: MakeOptimizer,
+    gpus: Devices,
+    *,
+    alone: Callable[[nn.Module], Step] | None = None,
+    is_comparable: bool = True,
+    bytes_a_step: int | None = None,
+) -> Report:
+    """Train with your step and, beside it, on the host alone, and compare after every batch.
+
+    Args:
+        model: on the host; it stays as it is. Where it has dropout, one device draws other numbers
+            than yours, and is left out of the comparison.
+        prepare: makes of a model and devices the replicas, and a function that trains them on a
+            batch. A model that is spread over the devices is one replica.
+        batches: pairs of inputs and targets, on the host. Three or four are enough for most.
+        loss_function: the mean loss, as one device would use it on the whole batch.
+        make_optimizer: as one device would use it.
+        gpus: virtual or real.
+        alone: makes the step of one device, where the plain one will not do.
+        is_comparable: whether one device can be trained beside it at all: not if the step itself
+            throws dice, as one that shuffles does.
+        bytes_a_step: what devices should send each other in a step; if not given, one all-reduce
+            of all parameters. 0 if it is not known.
+
+    Raises:
+        ValueError: ``prepare`` made no replicas, or of another model; or there are no batches.
+    """
+    is_comparable = is_comparable and not _throws_dice(model)
+    reference = Alone(model, loss_function, make_optimizer, alone) if is_comparable else None
+    replicas, step = prepare(deepcopy(model), gpus)
+    names = [name for name, _ in model.named_parameters()]
+    if not replicas or [name for name, _ in replicas[0].named_parameters()] != names:
+        raise ValueError("prepare(model, gpus) returns the replicas of that model, and a step")
+    if bytes_a_step is None:
+        nbytes = sum(parameter.nbytes for parameter in model.parameters())
+        bytes_a_step = all_reduce_bytes(len(replicas), nbytes)
+    report = Report(Run(State(model), bytes_a_step))
+    with _without_what_was_there():
+        for run in watch(report.run, replicas, step, reference, batches):
+            for name, instrument in INSTRUMENTS.items():
+                report._note(name, instrument(run))
+    if not report.steps:
+        raise ValueError("there are no batches to train on")
+    return report
+
+
+@contextmanager
+def _without_what_was_there() -> Iterator[None]:
+    """Let Python not look through all of PyTorch for garbage before every recording."""
+    is_frozen = gc.get_freeze_count() > 0
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not is_frozen:
+            gc.unfreeze()
+
+
+def _throws_dice(model: nn.Module) -> bool:
+    return any(isinstance(each, nn.Dropout) and each.p > 0 for each in model.modules())

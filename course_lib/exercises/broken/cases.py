@@ -1,0 +1,255 @@
+"""The cases of lesson 15: a broken program, what it is tried on, and what is known about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, AdamW
+
+from course_lib import CLASSROOM, doctor, hardware
+from course_lib.doctor.watching import MakeOptimizer, Prepare, Step
+from course_lib.exercises.broken import chance, meters, split_models, the_sum, who_learns
+from course_lib.models import MLP, next_token_loss
+from course_lib.parallel.kinds import Loss
+
+Batches = list[tuple[Tensor, Tensor]]
+VOCABULARY = 12
+# Nothing is waited for but work itself: a launch would hide how long a small product takes.
+SPEC = CLASSROOM.with_(launch_overhead=0.0)
+
+
+def sgd(rate: float = 0.1, momentum: float = 0.0) -> MakeOptimizer:
+    """What makes an SGD optimizer."""
+    return lambda parameters: SGD(parameters, lr=rate, momentum=momentum)
+
+
+def points(size: int = 24, steps: int = 4) -> Batches:
+    """Points in sixteen dimensions, of four classes that a linear layer can tell apart."""
+    generator = torch.Generator().manual_seed(1)
+    classes = torch.randn(16, 4, generator=generator)
+    xs = torch.randn(size, 16, generator=generator), torch.randn(size, 16, generator=generator)
+    pairs = [(x, (x @ classes).argmax(dim=1)) for x in xs]
+    return [pairs[0] if step % 2 == 0 else pairs[1] for step in range(steps)]
+
+
+def one_epoch(size: int = 48, steps: int = 4) -> Batches:
+    """The same points in every epoch."""
+    return points(size, 1) * steps
+
+
+def passages(size: int = 6, length: int = 16, steps: int = 4) -> Batches:
+    """Passages in which the next token follows from this one alone."""
+    generator = torch.Generator().manual_seed(1)
+    after = torch.randperm(VOCABULARY, generator=generator)
+    x = torch.randint(VOCABULARY, (size, length), generator=generator)
+    return [(x, after[x])] * steps
+
+
+def padded(lengths: tuple[int, ...], steps: int = 4) -> Batches:
+    """Passages of these lengths, the shorter ones padded."""
+    pairs = passages(len(lengths), max(lengths), steps)
+    x, y = pairs[0]
+    for row, length in enumerate(lengths):
+        y[row, length:] = -100
+    return pairs
+
+
+@dataclass(frozen=True)
+class Case:
+    """A broken program, and what is known about it.
+
+    Attributes:
+        program: as :func:`course_lib.doctor.examine` takes it; its docstring names the report.
+        symptom: what a user would notice, if anything.
+        cause: what is wrong.
+        make_model, batches, loss, optimizer: what it is tried on.
+        gpu_count: on how many devices.
+        alone, is_comparable, bytes_a_step: as the doctor takes them.
+    """
+
+    program: Prepare
+    symptom: str
+    cause: str
+    make_model: Callable[[], nn.Module] = lambda: MLP(16, 32, 4)
+    batches: Callable[[], Batches] = points
+    loss: Loss = F.cross_entropy
+    optimizer: MakeOptimizer = sgd()
+    gpu_count: int = 3
+    alone: Callable[[nn.Module], Step] | None = None
+    is_comparable: bool = True
+    bytes_a_step: int | None = None
+
+    def examine(self, prepare: Prepare | None = None) -> doctor.Report:
+        """What the doctor says of the broken program, or of another in its place."""
+        with hardware.fresh_devices(self.gpu_count, SPEC) as gpus:
+            torch.default_generator.manual_seed(0)
+            model = self.make_model()
+            return doctor.examine(
+                model,
+                prepare or self.program,
+                self.batches(),
+                self.loss,
+                self.optimizer,
+                gpus,
+                alone=self.alone,
+                is_comparable=self.is_comparable,
+                bytes_a_step=self.bytes_a_step,
+            )
+
+
+def _token_model() -> nn.Module:
+    return nn.Sequential(nn.Embedding(VOCABULARY, 32), nn.Linear(32, VOCABULARY))
+
+
+def _clipped(model: nn.Module) -> Step:
+    optimizer = SGD(model.parameters(), lr=0.5)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+
+    return step
+
+
+def _unfrozen_at_the_third(model: nn.Module) -> Step:
+    optimizer, steps = SGD(model.parameters(), lr=0.1), 0
+    model[0].requires_grad_(False)  # type: ignore[index]
+
+    def step(x: Tensor, y: Tensor) -> None:
+        nonlocal steps
+        steps += 1
+        model[0].requires_grad_(steps >= 3)  # type: ignore[index]
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+CASES: dict[str, Case] = {
+    "accumulated": Case(
+        the_sum.accumulated,
+        "a larger batch does not learn better",
+        "the exchange comes after the first piece, not the last",
+    ),
+    "short_passages": Case(
+        the_sum.short_passages,
+        "short passages are learnt better than long ones",
+        "shards are weighted by passages, and the mean is over tokens",
+        make_model=_token_model,
+        batches=lambda: padded((2, 3, 5, 8, 12, 16)),
+        loss=next_token_loss,
+        optimizer=sgd(1.0),
+    ),
+    "four_pieces": Case(
+        the_sum.four_pieces,
+        "accumulation does not make a step cheaper",
+        "gradients are exchanged after every piece",
+    ),
+    "clipped": Case(
+        the_sum.clipped,
+        "training is slower with more GPUs",
+        "every copy of a gradient counts in the norm",
+        alone=_clipped,
+    ),
+    "one_row": Case(
+        who_learns.one_row,
+        "the model learns less than it should",
+        "the optimizers hold parameters that the model no longer has",
+    ),
+    "thawed": Case(
+        who_learns.thawed,
+        "validation differs from rank to rank, from some step on",
+        "the list of what is exchanged was made before the layer was unfrozen",
+        alone=_unfrozen_at_the_third,
+    ),
+    "moved": Case(
+        who_learns.moved,
+        "the loss jumps when training goes on",
+        "the checkpoint has no optimizer in it",
+        optimizer=sgd(0.1, 0.9),
+    ),
+    "with_dropout": Case(
+        chance.with_dropout,
+        "none",
+        "all devices draw from one seed",
+        make_model=lambda: nn.Sequential(
+            nn.Linear(16, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 4)
+        ),
+    ),
+    "epochs": Case(
+        chance.epochs,
+        "none",
+        "the seed of the order is the same in every epoch",
+        batches=one_epoch,
+        is_comparable=False,
+        bytes_a_step=0,
+    ),
+    "recomputed": Case(
+        chance.recomputed,
+        "evaluation is a little off, training is not",
+        "a layer that keeps statistics is computed twice",
+        make_model=lambda: nn.Sequential(
+            nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4)
+        ),
+        gpu_count=2,
+        bytes_a_step=0,
+    ),
+    "microbatches": Case(
+        split_models.microbatches,
+        "the logged norm is too large; clipping bites too early",
+        "the loss is divided by its microbatches after backward",
+        optimizer=lambda parameters: AdamW(parameters, lr=1e-2),
+        gpu_count=2,
+        bytes_a_step=0,
+    ),
+    "split_layers": Case(
+        split_models.split_layers,
+        "the loss begins too high",
+        "a bias is added on every device before the sum",
+        make_model=lambda: split_models.SplitMLP(16, 32, 4, 2),
+        gpu_count=2,
+        bytes_a_step=0,
+    ),
+    "long_passages": Case(
+        split_models.long_passages,
+        "the loss is lower than it should be",
+        "attention takes tokens in plain order for zigzag order, and sees the future",
+        make_model=lambda: split_models.Reader(VOCABULARY, 16, 16),
+        batches=passages,
+        loss=next_token_loss,
+        optimizer=sgd(1.0),
+        gpu_count=2,
+        bytes_a_step=0,
+    ),
+    "whole_batches": Case(
+        meters.whole_batches,
+        "more GPUs do not make an epoch shorter",
+        "every device is given the whole batch",
+    ),
+    "logged": Case(
+        meters.logged,
+        "out of memory after some thousand steps",
+        "losses are kept with their graphs",
+    ),
+    "side_streams": Case(
+        meters.side_streams,
+        "now and then, on some machines, another loss",
+        "nobody waits for the side streams",
+    ),
+    "by_length": Case(
+        meters.by_length,
+        "GPUs wait for one another",
+        "passages are dealt out by length",
+        make_model=_token_model,
+        batches=lambda: padded((32, 2, 9, 24, 3, 6, 18, 2, 13)),
+        loss=next_token_loss,
+        optimizer=sgd(1.0),
+    ),
+}
