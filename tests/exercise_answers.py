@@ -83,13 +83,13 @@ class Answers:
     def stub(self) -> Answer:
         """The function in the notebook that the learner has not touched."""
         exercise, nb = _from_notebook(self.lesson, self.name)
-        return _last_function(nb.cells[exercise.stub_index].source)
+        return _last_function(nb.cells[exercise.stub_index].source, nb)
 
     @property
     def solution(self) -> Answer:
         """The function behind the notebook's *Solution*."""
-        exercise, _ = _from_notebook(self.lesson, self.name)
-        return _last_function(exercise.solution)
+        exercise, nb = _from_notebook(self.lesson, self.name)
+        return _last_function(exercise.solution, nb)
 
     def judge(self, answer: Answer) -> Verdict:
         """What the check says about ``answer``: one line, in the course's tone."""
@@ -108,11 +108,21 @@ def _from_notebook(lesson: str, name: str) -> tuple[notebook_tools.Exercise, nbf
     return exercise, nb
 
 
-def _last_function(source: str) -> Answer:
-    names = dict(LESSON_NAMES)
+def _last_function(source: str, nb: nbformat.NotebookNode) -> Answer:
+    names = {**LESSON_NAMES, **_imports_of_the_set_up(nb)}
     exec(source, names)
     functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
     return names[functions[-1].name]
+
+
+def _imports_of_the_set_up(nb: nbformat.NotebookNode) -> dict[str, object]:
+    """What the set-up cell imports; the rest of it would make devices."""
+    (set_up,) = [cell.source for cell in nb.cells if cell.id == "setup"]
+    tree = ast.parse(set_up)
+    tree.body = [part for part in tree.body if isinstance(part, ast.Import | ast.ImportFrom)]
+    names: dict[str, object] = {}
+    exec(compile(tree, "the set-up cell", "exec"), names)
+    return names
 
 
 def each_exercise(exercises: Iterable[Answers]) -> pytest.MarkDecorator:

@@ -22,6 +22,7 @@ from course_lib.explorers import (
     lesson_08,
     lesson_09,
     lesson_14,
+    lesson_15,
 )
 from course_lib.explorers.explorer import Explorer, choice
 from course_lib.hardware import memory_in_use
@@ -39,6 +40,7 @@ ALL = [
     lesson_08.explore_sharding,
     lesson_09.explore_methods,
     lesson_14.explore_plans,
+    lesson_15.explore_broken,
 ]
 # These draw fast, so that several of their settings can be tried.
 EXPLORERS = [
@@ -47,6 +49,7 @@ EXPLORERS = [
     lesson_03.explore_all_reduce,
     lesson_08.explore_sharding,
     lesson_14.explore_plans,
+    lesson_15.explore_broken,
 ]
 
 

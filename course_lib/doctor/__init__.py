@@ -104,7 +104,7 @@ def examine(
     gpus: Devices,
     *,
     alone: Callable[[nn.Module], Step] | None = None,
-    is_comparable: bool = True,
+    shuffles: bool = False,
     bytes_a_step: int | None = None,
 ) -> Report:
     """Train with your step and, beside it, on the host alone, and compare after every batch.
@@ -119,16 +119,17 @@ def examine(
         make_optimizer: as one device would use it.
         gpus: virtual or real.
         alone: makes the step of one device, where the plain one will not do.
-        is_comparable: whether one device can be trained beside it at all: not if the step itself
-            throws dice, as one that shuffles does.
+        shuffles: whether the step itself puts what it is given in a random order, as one that is
+            a whole epoch does. Then no device can be trained beside it.
         bytes_a_step: what devices should send each other in a step; if not given, one all-reduce
             of all parameters. 0 if it is not known.
 
     Raises:
         ValueError: ``prepare`` made no replicas, or of another model; or there are no batches.
     """
-    is_comparable = is_comparable and not _throws_dice(model)
-    reference = Alone(model, loss_function, make_optimizer, alone) if is_comparable else None
+    reference = None
+    if not shuffles and not _throws_dice(model):
+        reference = Alone(model, loss_function, make_optimizer, alone)
     replicas, step = prepare(deepcopy(model), gpus)
     names = [name for name, _ in model.named_parameters()]
     if not replicas or [name for name, _ in replicas[0].named_parameters()] != names:
@@ -136,7 +137,7 @@ def examine(
     if bytes_a_step is None:
         nbytes = sum(parameter.nbytes for parameter in model.parameters())
         bytes_a_step = all_reduce_bytes(len(replicas), nbytes)
-    report = Report(Run(State(model), bytes_a_step))
+    report = Report(Run(State(model), bytes_a_step, shuffles))
     with _without_what_was_there():
         for run in watch(report.run, replicas, step, reference, batches):
             for name, instrument in INSTRUMENTS.items():

@@ -105,16 +105,15 @@ def masks(run: Run) -> str | None:
 
 
 def examples(run: Run) -> str | None:
-    """Whether no two replicas are given the same, and no step gives out what the last one did."""
+    """Whether no two replicas are given the same, and a step that shuffles does it anew."""
     given = run.now.inputs
     for (rank, ours), (other, theirs) in combinations(list(enumerate(given)), 2):
         if ours and _same(ours, theirs):
             return f"ranks {rank} and {other} were given the same examples"
-    if len(run.moments) > 1:
-        before = run.moments[-2].inputs
-        for rank, (now, then) in enumerate(zip(given, before, strict=False)):
+    for number, moment in enumerate(run.moments[:-1] if run.shuffles else [], 1):
+        for rank, (now, then) in enumerate(zip(given, moment.inputs, strict=False)):
             if len(now) > 1 and _same(now, then):
-                return f"rank {rank} was given its {len(now)} pieces as in the step before"
+                return f"rank {rank} was given its {len(now)} pieces as in step {number}"
     return None
 
 

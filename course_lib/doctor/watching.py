@@ -72,11 +72,13 @@ class Run:
     Attributes:
         start: the model before the first step.
         bytes_a_step: what devices should send each other in a step, in all; 0 if it is not known.
+        shuffles: whether the step itself puts what it is given in a random order.
         moments: one for each step so far.
     """
 
     start: State
     bytes_a_step: int = 0
+    shuffles: bool = False
     moments: list[Moment] = field(default_factory=list)
 
     @property
@@ -100,9 +102,8 @@ def watch(
         batches: pairs of inputs and targets, on the host.
     """
     for x, y in batches:
-        with _listening(replicas) as (inputs, outputs):
-            with trace() as recording:
-                returned = step(x, y)
+        with _listening(replicas) as (inputs, outputs), trace() as recording:
+            returned = step(x, y)
         if alone is not None:
             alone.step(x, y)
         masks = [[(x.cpu() != 0, y.cpu() != 0) for x, y in pairs] for pairs in outputs]

@@ -1,11 +1,11 @@
 """Programs whose parameters are right: what is wrong shows on a meter, or on another machine."""
 
+# The programs stand here as a reader meets them in the lesson: without hints, zip as it comes.
+# mypy: allow-untyped-defs
+# ruff: noqa: B905
+
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-import torch
-from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
 
@@ -17,13 +17,10 @@ from course_lib.parallel.data_parallel import (
     replicate,
     split_batch,
 )
-from course_lib.parallel.kinds import Devices
 from course_lib.parallel.transfers import SideStreams
 
-Step = Callable[[Tensor, Tensor], object]
 
-
-def whole_batches(model: nn.Module, gpus: Devices) -> tuple[Sequence[nn.Module], Step]:
+def whole_batches(model, gpus):
     """Gives every device the whole batch: innnky/so-vits-svc#70."""
     replicas = replicate(model, gpus)
     optimizers = [SGD(replica.parameters(), lr=0.1) for replica in replicas]
@@ -44,7 +41,7 @@ def whole_batches(model: nn.Module, gpus: Devices) -> tuple[Sequence[nn.Module],
     return replicas, step
 
 
-def logged(model: nn.Module, gpus: Devices) -> tuple[Sequence[nn.Module], Step]:
+def logged(model, gpus):
     """Keeps the graph of every loss that it logs: horovod/horovod#641."""
     replicas = replicate(model, gpus)
     optimizers = [SGD(replica.parameters(), lr=0.1) for replica in replicas]
@@ -66,7 +63,7 @@ def logged(model: nn.Module, gpus: Devices) -> tuple[Sequence[nn.Module], Step]:
     return replicas, step
 
 
-def side_streams(model: nn.Module, gpus: Devices) -> tuple[Sequence[nn.Module], Step]:
+def side_streams(model, gpus):
     """Uses what a side stream may still be at work on: ROCm/pytorch#3194."""
     replicas = replicate(model, gpus)
     optimizers = [SGD(replica.parameters(), lr=0.1) for replica in replicas]
@@ -92,7 +89,7 @@ def side_streams(model: nn.Module, gpus: Devices) -> tuple[Sequence[nn.Module], 
     return replicas, step
 
 
-def by_length(model: nn.Module, gpus: Devices) -> tuple[Sequence[nn.Module], Step]:
+def by_length(model, gpus):
     """Deals out passages by length, and so one rank most of the work: lightseekorg/TorchSpec#13."""
     replicas = replicate(model, gpus)
     optimizers = [SGD(replica.parameters(), lr=1.0) for replica in replicas]

@@ -1,11 +1,11 @@
 """Programs whose sum of gradients is wrong, or made too often."""
 
+# The programs stand here as a reader meets them in the lesson: without hints, zip as it comes.
+# mypy: allow-untyped-defs
+# ruff: noqa: B905
+
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-import torch
-from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
 
@@ -18,12 +18,9 @@ from course_lib.parallel.data_parallel import (
     split_batch,
 )
 from course_lib.parallel.gradient_norm import clip_together
-from course_lib.parallel.kinds import Devices
-
-Step = Callable[[Tensor, Tensor], object]
 
 
-def accumulated(model: nn.Module, gpus: Devices) -> tuple[Sequence[nn.Module], Step]:
+def accumulated(model, gpus):
     """Exchanges the gradients of the first piece, and not of all: modelscope/FunASR#3472."""
     replicas = replicate(model, gpus)
     optimizers = [SGD(replica.parameters(), lr=0.1) for replica in replicas]
@@ -48,7 +45,7 @@ def accumulated(model: nn.Module, gpus: Devices) -> tuple[Sequence[nn.Module], S
     return replicas, step
 
 
-def short_passages(model: nn.Module, gpus: Devices) -> tuple[Sequence[nn.Module], Step]:
+def short_passages(model, gpus):
     """Weights each shard's mean over its tokens alike: huggingface/transformers#34242."""
     replicas = replicate(model, gpus)
     optimizers = [SGD(replica.parameters(), lr=1.0) for replica in replicas]
@@ -71,7 +68,7 @@ def short_passages(model: nn.Module, gpus: Devices) -> tuple[Sequence[nn.Module]
     return replicas, step
 
 
-def four_pieces(model: nn.Module, gpus: Devices) -> tuple[Sequence[nn.Module], Step]:
+def four_pieces(model, gpus):
     """Exchanges gradients after every piece of a batch: NVIDIA/cosmos-framework#161."""
     replicas = replicate(model, gpus)
     optimizers = [SGD(replica.parameters(), lr=0.1) for replica in replicas]
@@ -99,7 +96,7 @@ def four_pieces(model: nn.Module, gpus: Devices) -> tuple[Sequence[nn.Module], S
     return replicas, step
 
 
-def clipped(model: nn.Module, gpus: Devices) -> tuple[Sequence[nn.Module], Step]:
+def clipped(model, gpus):
     """Clips by a norm in which every copy of a gradient counts: NVIDIA-NeMo/RL#3788."""
     replicas = replicate(model, gpus)
     optimizers = [SGD(replica.parameters(), lr=0.5) for replica in replicas]

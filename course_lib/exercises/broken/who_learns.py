@@ -1,11 +1,13 @@
 """Programs in which something does not learn, or forgets what it had learnt."""
 
+# The programs stand here as a reader meets them in the lesson: without hints, zip as it comes.
+# mypy: allow-untyped-defs
+# ruff: noqa: B905
+
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD
 
@@ -16,12 +18,9 @@ from course_lib.parallel.data_parallel import (
     replicate,
     split_batch,
 )
-from course_lib.parallel.kinds import Devices
-
-Step = Callable[[Tensor, Tensor], object]
 
 
-def one_row(model: nn.Module, gpus: Devices) -> tuple[Sequence[nn.Module], Step]:
+def one_row(model, gpus):
     """Makes optimizers before a wrapper makes new parameters: huggingface/accelerate#3256."""
     replicas = replicate(model, gpus)
     optimizers = [SGD(replica.parameters(), lr=0.1) for replica in replicas]
@@ -48,7 +47,7 @@ def one_row(model: nn.Module, gpus: Devices) -> tuple[Sequence[nn.Module], Step]
     return replicas, step
 
 
-def thawed(model: nn.Module, gpus: Devices) -> tuple[Sequence[nn.Module], Step]:
+def thawed(model, gpus):
     """Sets hooks, and unfreezes a layer afterwards: Lightning-AI/pytorch-lightning#20340."""
     replicas = replicate(model, gpus)
     optimizers = [SGD(replica.parameters(), lr=0.1) for replica in replicas]
@@ -79,7 +78,7 @@ def thawed(model: nn.Module, gpus: Devices) -> tuple[Sequence[nn.Module], Step]:
     return replicas, step
 
 
-def moved(model: nn.Module, gpus: Devices) -> tuple[Sequence[nn.Module], Step]:
+def moved(model, gpus):
     """Goes on without the optimizer's state: EvolvingLMMs-Lab/OneVision-Encoder#65."""
     replicas = replicate(model, gpus)
     optimizers = [SGD(replica.parameters(), lr=0.1, momentum=0.9) for replica in replicas]
