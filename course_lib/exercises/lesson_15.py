@@ -83,7 +83,7 @@ def _require_silence(report: Report) -> None:
     if report.is_healthy:
         return
     first, *others = report.findings
-    facts = [(each.instrument, f"step {each.step}: {each.reading}", "nothing") for each in others]
+    facts = [(each.instrument, f"step {each.step}: {each.reading}", "silence") for each in others]
     raise Wrong(
         f"after step {first.step} an instrument finds something. {first.instrument}: "
         f"{first.reading}",
@@ -153,10 +153,6 @@ def _facts_of_what_it_took(report: Report) -> list[tuple[str, str, str]]:
     if run.bytes_a_step:
         sent = run.now.recording.bytes_between_devices
         facts.append(("bytes between devices in a step", f"{sent:,}", f"{run.bytes_a_step:,}"))
-    if run.now.flops:
-        facts.append(
-            ("operations in a step", f"{run.now.recording.flops:,.0f}", f"{run.now.flops:,.0f}")
-        )
     return facts
 
 

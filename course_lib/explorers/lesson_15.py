@@ -6,6 +6,7 @@ from copy import deepcopy
 from functools import cache
 from textwrap import fill
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
@@ -43,7 +44,8 @@ def _examined(program: str) -> Report:
 
 
 def _draw_losses(ax: Axes, case: Case, report: Report) -> None:
-    model = case.make_model()
+    with torch.random.fork_rng(devices=[]):  # its numbers are replaced; the dice are not missed
+        model = case.make_model()
     batches, moments = case.batches(STEPS), report.run.moments
     for name, marker, states in (
         ("broken", "o-", [moment.replicas[0] for moment in moments]),

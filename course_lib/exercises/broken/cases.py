@@ -146,7 +146,7 @@ CASES: dict[str, Case] = {
     ),
     "short_passages": Case(
         the_sum.short_passages,
-        "short passages are learnt better than long ones",
+        "short passages count for more than they should",
         "shards are weighted by passages, and the mean is over tokens",
         make_model=_token_model,
         batches=lambda steps: padded(steps, 2, 3, 5, 8, 12, 16),
@@ -160,7 +160,7 @@ CASES: dict[str, Case] = {
     ),
     "clipped": Case(
         the_sum.clipped,
-        "training is slower with more GPUs",
+        "with more GPUs, each step learns less",
         "every copy of a gradient counts in the norm",
         alone=_clipped,
     ),
@@ -177,7 +177,7 @@ CASES: dict[str, Case] = {
     ),
     "moved": Case(
         who_learns.moved,
-        "the loss jumps when training goes on",
+        "after a restart the loss falls more slowly",
         "the checkpoint has no optimizer in it",
         optimizer=sgd(0.1, 0.9),
         bytes_a_step=0,

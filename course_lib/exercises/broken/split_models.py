@@ -25,7 +25,7 @@ class SplitMLP(nn.Module):
         self.downs = nn.ModuleList(
             nn.Linear(hidden // count, outputs, bias=False) for _ in range(count)
         )
-        self.bias = nn.Parameter(torch.ones(outputs))
+        self.bias = nn.Parameter(torch.linspace(-1, 1, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         """As one device computes it."""
