@@ -14,7 +14,8 @@ from torch import nn
 
 from course_lib import CLASSROOM, devices, doctor
 from course_lib.doctor.instruments import _off
-from course_lib.exercises.broken.cases import CASES, points, sgd
+from course_lib.exercises.broken.batches import points
+from course_lib.exercises.broken.cases import CASES, sgd
 from course_lib.exercises.lesson_15 import WORKED, draw, program_text
 from course_lib.models import MLP
 from course_lib.parallel.proof import largest_difference

@@ -156,17 +156,18 @@ def memory(run: Run) -> str | None:
 def timeline(run: Run) -> str | None:
     """Whether devices are equally long at their matrix products."""
     t = run.now.recording
-    if not t.simulated or t.device_count < 2:
-        return None
+    taking_part = [index for index, held in enumerate(t.memory) if held[-1][1]]  # none on real GPUs
     seconds = [
         sum(span.end - span.start for span in t.spans if span.devices == (index,) and span.flops)
-        for index in range(t.device_count)
+        for index in taking_part
     ]
-    longest, mean = max(seconds), sum(seconds) / len(seconds)
-    if not longest > MORE * mean:
+    if not seconds or not max(seconds) > MORE * sum(seconds) / len(seconds):
         return None
-    rank, parts = seconds.index(longest), [f"{each / longest:.0%}" for each in seconds]
-    return f"rank {rank} multiplies {longest / mean:.3g}x as long as the mean: {', '.join(parts)}"
+    longest, mean = max(seconds), sum(seconds) / len(seconds)
+    where, parts = taking_part[seconds.index(longest)], [f"{s / longest:.0%}" for s in seconds]
+    return (
+        f"device {where} multiplies {longest / mean:.3g}x as long as the mean: {', '.join(parts)}"
+    )
 
 
 INSTRUMENTS: dict[str, Instrument] = {

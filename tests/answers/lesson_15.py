@@ -415,7 +415,7 @@ SIDES.right(
     ))
 )  # fmt: skip
 
-LENGTH = exercise("by_length", "timeline: rank 2 multiplies", "against one device")
+LENGTH = exercise("by_length", "timeline: device 2 multiplies", "against one device")
 OWN = "own = by_length.chunk(len(gpus))[rank]"
 LENGTH.wrong("should be cut")(
     changed("by_length", "padded like the longest", (
@@ -423,7 +423,7 @@ LENGTH.wrong("should be cut")(
         "longest = y.shape[1]",
     ))
 )  # fmt: skip
-LENGTH.wrong("timeline: rank 0")(
+LENGTH.wrong("timeline: device 0")(
     changed(
         "by_length",
         "longest first",

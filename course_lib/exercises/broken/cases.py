@@ -13,11 +13,17 @@ from torch.optim import SGD, AdamW
 from course_lib import CLASSROOM, doctor, hardware
 from course_lib.doctor.watching import MakeOptimizer, Prepare, Step
 from course_lib.exercises.broken import chance, meters, split_models, the_sum, who_learns
+from course_lib.exercises.broken.batches import (
+    VOCABULARY,
+    Batches,
+    one_epoch,
+    padded,
+    passages,
+    points,
+)
 from course_lib.models import MLP, next_token_loss
 from course_lib.parallel.kinds import Loss
 
-Batches = list[tuple[Tensor, Tensor]]
-VOCABULARY = 12
 # Nothing is waited for but work itself: a launch would hide how long a small product takes.
 SPEC = CLASSROOM.with_(launch_overhead=0.0)
 
@@ -28,37 +34,6 @@ def sgd(rate: float = 0.1, momentum: float = 0.0) -> MakeOptimizer:
 
 
 PLAIN = sgd()
-
-
-def points(steps: int, size: int = 24) -> Batches:
-    """Points in sixteen dimensions, of four classes that a linear layer can tell apart."""
-    generator = torch.Generator().manual_seed(1)
-    classes = torch.randn(16, 4, generator=generator)
-    xs = torch.randn(size, 16, generator=generator), torch.randn(size, 16, generator=generator)
-    pairs = [(x, (x @ classes).argmax(dim=1)) for x in xs]
-    return [pairs[0] if step % 2 == 0 else pairs[1] for step in range(steps)]
-
-
-def one_epoch(steps: int) -> Batches:
-    """The same points in every epoch."""
-    return points(1, size=48) * steps
-
-
-def passages(steps: int, size: int = 6, length: int = 16) -> Batches:
-    """Passages in which the next token follows from this one alone."""
-    generator = torch.Generator().manual_seed(1)
-    after = torch.randperm(VOCABULARY, generator=generator)
-    x = torch.randint(VOCABULARY, (size, length), generator=generator)
-    return [(x, after[x])] * steps
-
-
-def padded(steps: int, *lengths: int) -> Batches:
-    """Passages of these lengths, the shorter ones padded."""
-    pairs = passages(steps, len(lengths), max(lengths))
-    _, y = pairs[0]
-    for row, length in enumerate(lengths):
-        y[row, length:] = -100
-    return pairs
 
 
 @dataclass(frozen=True)
