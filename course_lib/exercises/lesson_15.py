@@ -50,12 +50,15 @@ def program_text(program: Prepare) -> str:
     return "\n".join(lines)
 
 
-def _check(name: str, *conditions: Callable[[Report], None]) -> Callable[..., Verdict]:
+def _check(
+    name: str, *conditions: Callable[[Report], None], restarts: bool = False
+) -> Callable[..., Verdict]:
     """The check of one case, with what else must be true of a program that is right."""
+    prepared = _restarted if restarts else _prepared
 
     @check
     def check_program(program: Prepare) -> Verdict:
-        report = CASES[name].examine(partial(_prepared, program))
+        report = CASES[name].examine(partial(prepared, program))
         _require_silence(report)
         for condition in (_require_learning, _require_all_at_work, *conditions):
             condition(report)
@@ -77,6 +80,25 @@ def _prepared(
     if not pair[0] or [name for name, _ in pair[0][0].named_parameters()] != names:
         raise Wrong("return models with the parameters of the one that you were given.")
     return pair
+
+
+def _restarted(
+    program: Prepare, model: nn.Module, gpus: Devices
+) -> tuple[Sequence[nn.Module], Step]:
+    """The program, which must save or exchange its models before the third step is done."""
+    replicas, step = _prepared(program, model, gpus)
+    first, saved, steps = replicas[0], [], 0
+    first.register_state_dict_pre_hook(lambda module, prefix, keep_vars: saved.append(module))
+
+    def watched(x: Tensor, y: Tensor) -> object:
+        nonlocal steps
+        steps += 1
+        loss = step(x, y)
+        if steps == 3 and not saved and replicas[0] is first:
+            raise Wrong("nothing is saved and read any more: the restart should stay.")
+        return loss
+
+    return replicas, watched
 
 
 def _require_silence(report: Report) -> None:
@@ -161,7 +183,7 @@ check_four_pieces = _check("four_pieces", _require_pieces)
 check_clipped = _check("clipped")
 check_one_row = _check("one_row")
 check_thawed = _check("thawed")
-check_moved = _check("moved")
+check_moved = _check("moved", restarts=True)
 check_with_dropout = _check("with_dropout", _require_dropout)
 check_epochs = _check("epochs", _require_epochs)
 check_recomputed = _check("recomputed", _require_recomputation)

@@ -233,6 +233,9 @@ MOVED.wrong("after step 3", "replica against replica")(
 MOVED.wrong("after step 3", "against one device")(
     changed("moved", "more momentum to catch up", (AGAIN, AGAIN.replace("0.9", "0.99")))
 )
+MOVED.wrong("the restart should stay")(
+    changed("moved", "no restart", ("if steps == 3:", "if steps == 0:"))
+)
 MOVED.right(
     changed(
         "moved",
