@@ -84,9 +84,11 @@ class Report:
         return not self.findings
 
     def __str__(self) -> str:
-        if self.is_healthy:
-            return f"{self.steps} step(s): the same training as on one device, as far as seen."
-        return "\n".join(str(finding) for finding in self.findings)
+        if not self.is_healthy:
+            return "\n".join(str(finding) for finding in self.findings)
+        if self.run.now.alone is None:
+            return f"{self.steps} step(s): nothing found, and no comparison with one device."
+        return f"{self.steps} step(s): the same training as on one device, as far as seen."
 
     def _note(self, instrument: str, reading: str | None) -> None:
         """Add a finding, if it is one and the first of its instrument."""
@@ -111,7 +113,7 @@ def examine(
 
     Args:
         model: on the host; it stays as it is. Where it has dropout, one device draws other numbers
-            than yours, and is left out of the comparison.
+            than yours, and there is no comparison with it: take dropout out for that.
         prepare: makes of a model and devices the replicas, and a function that trains them on a
             batch. A model that is spread over the devices is one replica.
         batches: pairs of inputs and targets, on the host. Three or four are enough for most.

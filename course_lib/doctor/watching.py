@@ -125,8 +125,12 @@ class Alone:
     """Training on one device, the host, with the operations counted.
 
     Args:
-        model: it is trained.
-        step: trains it on a batch; if not given, in the plain way.
+        model: it stays as it is; a copy is trained.
+        make_step: makes the function that trains it on a batch; if not given, it is the plain one.
+
+    Attributes:
+        model: the copy.
+        flops: of the matrix products in the last step.
     """
 
     def __init__(
