@@ -74,7 +74,8 @@ def _prepared(
     program: Prepare, model: nn.Module, gpus: Devices
 ) -> tuple[Sequence[nn.Module], Step]:
     pair = program(model, gpus)
-    if not isinstance(pair, tuple | list) or len(pair) != 2 or not callable(pair[1]):
+    is_pair = isinstance(pair, tuple | list) and len(pair) == 2 and callable(pair[1])
+    if not is_pair or isinstance(pair[1], nn.Module):
         raise Wrong("return the replicas and the step, as the program did.")
     names = [name for name, _ in model.named_parameters()]
     if not pair[0] or [name for name, _ in pair[0][0].named_parameters()] != names:
