@@ -40,6 +40,7 @@ LESSON_NAMES = {
     "nn": nn,
     "F": F,
     "course_lib": course_lib,
+    "dist": torch.distributed,
     "all_reduce_gradients": all_reduce_gradients,
     "all_reduce": all_reduce,
     "all_gather": all_gather,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from course_lib import devices, style
+from course_lib import CLASSROOM, devices, ranks, style
 from course_lib.explorers import explorer as explorer_module
 from course_lib.explorers import (
     lesson_00,
@@ -21,6 +21,7 @@ from course_lib.explorers import (
     lesson_07,
     lesson_08,
     lesson_09,
+    lesson_10,
     lesson_14,
     lesson_15,
 )
@@ -39,6 +40,7 @@ ALL = [
     lesson_07.explore_ring_attention,
     lesson_08.explore_sharding,
     lesson_09.explore_methods,
+    lesson_10.explore_circle,
     lesson_14.explore_plans,
     lesson_15.explore_broken,
 ]
@@ -48,6 +50,7 @@ EXPLORERS = [
     lesson_01.explore_step,
     lesson_03.explore_all_reduce,
     lesson_08.explore_sharding,
+    lesson_10.explore_circle,
     lesson_14.explore_plans,
     lesson_15.explore_broken,
 ]
@@ -184,3 +187,13 @@ def test_a_cluster_that_is_too_small_is_said_in_the_title() -> None:
     said = explorer.children[-2].value
     assert "llama3-405b does not fit on 64 x H100" in said
     assert "the smallest layout needs" in said
+
+
+def test_the_circle_is_a_deadlock_if_all_send_first_and_takes_the_rounds_of_its_order() -> None:
+    with pytest.raises(ranks.DeadlockError):
+        lesson_10.pass_on(lesson_10.WAYS["all send first"], 3, 1)
+    message = 1e6 / CLASSROOM.link_bandwidth
+    for way, even, odd in (("even ranks send first", 2, 3), ("both at once", 1, 1)):
+        for count, rounds in ((4, even), (5, odd)):
+            seconds = lesson_10.pass_on(lesson_10.WAYS[way], count, 1000).seconds
+            assert seconds / message == pytest.approx(rounds, rel=0.01)

@@ -3,13 +3,14 @@
 import copy
 from collections.abc import Iterator
 from functools import cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
 import pytest
 import torch
+import torch.distributed as dist
 from matplotlib import pyplot as plt
 from torch.nn import functional as F
 
@@ -30,6 +31,10 @@ from course_lib.parallel.pipeline import Pipeline
 from course_lib.parallel.proof import largest_difference
 from course_lib.parallel.sharded_data_parallel import Sharded
 from course_lib.parallel.tensor_parallel import ParallelMLP
+from course_lib.ranks.by_hand import data_parallel as by_hand_data_parallel
+from course_lib.ranks.by_hand import messages
+from course_lib.ranks.by_hand import pipeline as by_hand_pipeline
+from course_lib.ranks.by_hand import tensor_parallel as by_hand_tensor_parallel
 from notebook_tools import NOTEBOOKS
 
 namespaces: list[dict] = []
@@ -396,3 +401,85 @@ def test_lesson_08_and_sharded_train_to_the_same_parameters() -> None:
         module.train_step(xs, ys, F.cross_entropy)
     for replica in replicas:
         assert largest_difference(replica.cpu(), module.to_model()) < 1e-12
+
+
+@pytest.fixture
+def lesson_10() -> SimpleNamespace:
+    cells = ("guess-eight", "meet", "circle", "ring", "bucket", "averaged", "pipe")
+    return definitions("10_one_process_a_gpu.ipynb", *cells, "borders", "neurons")
+
+
+def equal_on_all_ranks(ours, theirs) -> bool:
+    """Whether two lists with a rank's tensors each hold the same bits."""
+    pairs = zip(chain(*ours), chain(*theirs), strict=True)
+    return all(torch.equal(*pair) for pair in pairs)
+
+
+def test_lesson_10_and_by_hand_reduce_to_the_same_bits(lesson_10) -> None:
+    def reduce(by) -> list[torch.Tensor]:
+        torch.manual_seed(dist.get_rank())
+        tensor = torch.randn(33).to("vgpu")
+        by(tensor)
+        return [tensor.cpu()]
+
+    ours = lesson_10.on_ranks(reduce, lesson_10.ring_all_reduce)
+    assert equal_on_all_ranks(ours, lesson_10.on_ranks(reduce, messages.ring_all_reduce))
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 3000, 1e9])
+def test_lesson_10_and_by_hand_train_to_the_same_bits(lesson_10, bucket_bytes: float) -> None:
+    torch.manual_seed(0)
+    model, batches = MLP(16, 32, 10), [(torch.randn(8, 16), torch.randint(10, (8,))) for _ in "123"]
+
+    def train(method) -> list[torch.Tensor]:
+        replica = copy.deepcopy(model).to("vgpu")
+        averaged = method(replica, bucket_bytes)
+        optimizer = torch.optim.AdamW(replica.parameters(), lr=1e-3)
+        for x, y in batches:
+            optimizer.zero_grad()
+            mine = [part.chunk(4)[dist.get_rank()].to("vgpu") for part in (x, y)]
+            with averaged.no_sync():
+                F.cross_entropy(replica(mine[0][:1]), mine[1][:1]).backward()
+            F.cross_entropy(replica(mine[0]), mine[1]).backward()
+            averaged.finish()
+            optimizer.step()
+        return [parameter.detach().cpu() for parameter in replica.parameters()]
+
+    ours = lesson_10.on_ranks(train, lesson_10.AveragedGradients)
+    theirs = lesson_10.on_ranks(train, by_hand_data_parallel.AveragedGradients)
+    assert equal_on_all_ranks(ours, theirs)
+
+
+def test_lesson_10_and_by_hand_run_a_stage_to_the_same_bits(lesson_10) -> None:
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(4)])
+    x, y = torch.randn(12, 8), torch.randint(8, (12,))
+
+    def step(is_lesson: bool) -> list[torch.Tensor]:
+        part = copy.deepcopy(layers[dist.get_rank()]).to("vgpu")
+        xs, ys = x.to("vgpu").chunk(3), y.to("vgpu").chunk(3)
+        if is_lesson:
+            lesson_10.gpipe_step(part, xs, ys, (4, 8))
+        else:
+            by_hand_pipeline.gpipe_step(
+                by_hand_pipeline.StageOfRank(part, (4, 8)), xs, ys, F.cross_entropy
+            )
+        return [parameter.grad.cpu() for parameter in part.parameters()]
+
+    assert equal_on_all_ranks(lesson_10.on_ranks(step, True), lesson_10.on_ranks(step, False))
+
+
+def test_lesson_10_and_by_hand_run_an_mlp_to_the_same_bits(lesson_10) -> None:
+    torch.manual_seed(0)
+    mlp = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8))
+    x = torch.randn(5, 8)
+
+    def run(make) -> list[torch.Tensor]:
+        part, own = make(mlp), x.to("vgpu").requires_grad_()
+        out = part(own)
+        out.square().mean().backward()
+        return [each.cpu() for each in (out, own.grad, *(p.grad for p in part.parameters()))]
+
+    ours = lesson_10.on_ranks(run, lesson_10.NeuronsOfRank)
+    theirs = lesson_10.on_ranks(run, lambda mlp: by_hand_tensor_parallel.NeuronsOfRank(mlp, "vgpu"))
+    assert equal_on_all_ranks(ours, theirs)

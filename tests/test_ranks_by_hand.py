@@ -145,7 +145,7 @@ def test_a_gradient_that_does_not_come_is_named() -> None:
         model[1](torch.ones(1, 2, device="vgpu")).sum().backward()
         averaged.finish()
 
-    with pytest.raises(RuntimeError, match="no gradient came in this backward pass for 0.bias, 0.weight"):
+    with pytest.raises(RuntimeError, match=r"backward pass for 0\.bias, 0\.weight"):
         on_ranks(devices(2), backward)
 
 

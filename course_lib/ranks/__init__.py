@@ -28,7 +28,8 @@ How it works, in the order to read it:
 * ``store``           keys and values that all ranks share;
 * ``distributed``     what of ``torch.distributed`` is each rank's own, while ranks run;
 * ``engines``         what PyTorch's engines take for granted of a process;
-* ``script``          a script as each rank's main program, for ``python -m course_lib.ranks``.
+* ``script``          a script as each rank's main program, for ``python -m course_lib.ranks``;
+* ``by_hand``         what a rank can run: the course's methods, written with ``torch.distributed``.
 
 Faults are named at once. When no rank can go on, that is a deadlock: the error says what each rank
 waits for, and at which line. Ranks that call different collectives, or the same on tensors that do

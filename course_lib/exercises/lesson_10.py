@@ -1,0 +1,244 @@
+"""Checks of lesson 10: a common end, a shift in a circle, unused layers, 1F1B on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from course_lib import CLASSROOM, format_bytes, hardware, timeline
+from course_lib.exercises.diagnosis import Facts, require_finite, require_tensors
+from course_lib.exercises.rank_runs import on_ranks, without
+from course_lib.exercises.rank_stage import Stage, judge_turns
+from course_lib.exercises.verdict import Verdict, Wrong, check, right
+
+# -------------------------------------------------------------------------- 1. who stops when?
+
+# The loss of each rank after each step; the mean is 9, 7, 6, 5, 5, 6, ...: five steps.
+_LOSSES = [
+    [9.0, 7.0, 8.0, 5.0, 4.0, 6.0, 7.0, 7.0],
+    [9.0, 8.0, 5.0, 6.0, 6.5, 6.0, 7.0, 7.0],
+    [9.0, 6.0, 5.0, 4.0, 4.5, 6.0, 7.0, 7.0],
+]
+_STEPS = 5
+
+
+@check
+def check_stop(train: Callable[[Callable[[], None], Callable[[], Tensor]], None]) -> Verdict:
+    """Graded on the step after which each rank stops, and on the numbers exchanged for it."""
+    with hardware.fresh_devices(len(_LOSSES)) as gpus:
+
+        def count_steps() -> int:
+            mine, steps = _LOSSES[dist.get_rank()], 0
+            gradient = torch.ones(30, device="vgpu")
+
+            def step() -> None:
+                nonlocal steps
+                steps += 1
+                if steps > len(mine):
+                    raise Wrong("it trains on and on: after eight steps no rank has stopped.")
+                dist.all_reduce(gradient)
+
+            def loss() -> Tensor:
+                return torch.tensor([mine[steps - 1]], device="vgpu")
+
+            train(step, loss)
+            return steps
+
+        with timeline.trace() as t:
+            steps = on_ranks(count_steps, gpus)
+        sent = [t.bytes_sent(gpu) - taken * 160 for gpu, taken in zip(gpus, steps, strict=True)]
+    facts = [
+        ("steps of each rank", ", ".join(map(str, steps)), f"{_STEPS} each"),
+        ("most bytes sent for it, a step", f"{max(sent) / max(steps):g}", "at most 8"),
+    ]
+    if len(set(steps)) > 1:
+        raise Wrong("the ranks stop after different steps.", facts)
+    if steps[0] != _STEPS:
+        raise Wrong(
+            f"all stop together, after {steps[0]} steps. {_stop_mistake(steps[0])}The means are 9, "
+            f"7, 6, 5, 5, 6: it should be after {_STEPS}.",
+            facts,
+        )
+    if max(sent) > 8 * max(steps):
+        raise Wrong("more is exchanged than one number from each rank in a step.", facts)
+    return right("all ranks stop together, after the step that they agree on.", facts)
+
+
+def _stop_mistake(steps: int) -> str:
+    """What stopping after so many steps looks like; "" if it is no mistake that is known."""
+    return {
+        3: "That is when the loss of rank 0 alone no longer falls. ",
+        4: "That is when the loss of rank 1 alone no longer falls. ",
+        6: "A mean that equals the best is not below it. ",
+    }.get(steps, "")
+
+
+# ---------------------------------------------------------------------- 2. pass on by k places
+
+
+# Ranks and places, the plain cases first.
+_SHIFTS = (
+    *((4, 1), (5, 1), (6, 2), (4, 2), (1, 0), (1, 3), (4, 0), (4, 4)),
+    *((7, 3), (8, 6), (5, -1), (6, -4), (5, 13)),
+)
+_NUMBERS = 100_000  # in a message
+# What does not wait, or does it all.
+_OTHERS = ("isend", "irecv", "P2POp", "all_gather", "all_to_all", "broadcast", "all_reduce")
+
+
+@check
+def check_shift(shift: Callable[[Tensor, int], Tensor]) -> Verdict:
+    """Graded on what arrives, on the rounds it takes, on one to eight ranks."""
+    slowest = 0.0
+    for count, places in _SHIFTS:
+        try:
+            rounds = _messages_time(shift, count, places)
+        except Wrong as wrong:
+            case = f"shift(x, {places}) {_with_ranks(count)}"
+            raise Wrong(f"{case}: {wrong}", wrong.facts) from None
+        slowest = max(slowest, rounds)
+    facts = [("messages' time, at the most", f"{slowest:.1f}", "at most 3")]
+    return right("every tensor at its place, and no rank waits for ever.", facts)
+
+
+def _messages_time(shift: Callable[[Tensor, int], Tensor], count: int, places: int) -> float:
+    """How long a right ``shift`` takes, in messages' time.
+
+    Raises:
+        Wrong: it is wrong, or takes too long.
+    """
+
+    def once() -> tuple[Tensor, bool, bool]:
+        x = torch.full((_NUMBERS,), float(dist.get_rank()), device="vgpu")
+        found = shift(x, places)
+        is_x = isinstance(found, Tensor) and found.data_ptr() == x.data_ptr()
+        return found, bool((x == dist.get_rank()).all()), is_x
+
+    only = "use dist.send and dist.recv alone: these wait, which is what it is about."
+    with hardware.fresh_devices(count) as gpus:
+        with timeline.trace() as t, without(_OTHERS, only):
+            found, kept, same = zip(*on_ranks(once, gpus), strict=True)
+        if any(each is None for each in found):
+            raise Wrong("a rank gets None: is a return statement missing?")
+        require_tensors(list(found), [(_NUMBERS,)] * count)
+        values = [float(each[0]) for each in found]
+    if not all(kept):
+        raise Wrong("x changed, and should stay as it is.")
+    if any(same):
+        raise Wrong("what you return is x itself: return a tensor of its own.")
+    wanted = [float((rank - places) % count) for rank in range(count)]
+    if values != wanted:
+        raise Wrong(_shift_mistake(values, wanted, places))
+    rounds = t.seconds / (_NUMBERS * 4 / CLASSROOM.link_bandwidth)
+    if rounds > 3.5:
+        raise Wrong(
+            f"it takes {rounds:.1f} messages' time: most ranks wait for their neighbour, "
+            "which waits for its own, and so on.",
+            [("messages' time", f"{rounds:.1f}", "at most 3")],
+        )
+    return rounds
+
+
+def _shift_mistake(values: list[float], wanted: list[float], places: int) -> str:
+    count = len(values)
+    if values == [float((rank + places) % count) for rank in range(count)]:
+        return "the tensors travel the other way round."
+    rank = next(r for r in range(count) if values[r] != wanted[r])
+    return (
+        f"rank {rank} should end up with the tensor of rank {wanted[rank]:g}, and has "
+        f"{values[rank]:g} in it."
+    )
+
+
+# ----------------------------------------------------------- 3. a layer that one rank did not use
+
+_SHAPES = [(6, 4), (6, 4), (8,), (6, 4), (5,)]  # of the parameters
+_USED = [[1, 0, 1, 0, 1], [1, 1, 0, 0, 1], [1, 0, 0, 0, 1], [1, 1, 0, 0, 1]]  # by each rank
+
+
+@check
+def check_unused(average_gradients: Callable[[list[nn.Parameter]], None]) -> Verdict:
+    """Graded on the gradients, on those that must stay ``None``, and on the bytes."""
+    count = len(_USED)
+    values = [torch.randn(count, *shape) for shape in _SHAPES]
+    with hardware.fresh_devices(count) as gpus:
+
+        def once() -> list[tuple[Tensor, Tensor | None]]:
+            rank = dist.get_rank()
+            parameters = [nn.Parameter(torch.ones(shape, device="vgpu")) for shape in _SHAPES]
+            for parameter, value, is_used in zip(parameters, values, _USED[rank], strict=True):
+                parameter.grad = value[rank].to("vgpu") if is_used else None
+            average_gradients(list(parameters))
+            return [
+                (p.detach().cpu(), None if p.grad is None else p.grad.detach().cpu())
+                for p in parameters
+            ]
+
+        with timeline.trace() as t:
+            found = on_ranks(once, gpus)
+        sent = max(t.bytes_sent(gpu) for gpu in gpus)
+    travels = sum(4 * value[0].numel() for i, value in enumerate(values) if _is_used(i))
+    ring = 2 * (count - 1) / count
+    most = int(ring * (travels + 8 * len(_SHAPES))) + 4 * len(_SHAPES)  # chunks are not all equal
+    facts = [("most bytes sent by one rank", format_bytes(sent), f"at most {format_bytes(most)}")]
+    for rank, own in enumerate(found):
+        _judge_gradients(rank, own, values, facts)
+    if sent > most:
+        raise Wrong("more travels than the gradients in use and a few numbers.", facts)
+    return right("all ranks made the same calls, though they did not use the same layers.", facts)
+
+
+def _is_used(i: int) -> bool:
+    return any(used[i] for used in _USED)
+
+
+def _judge_gradients(
+    rank: int, own: list[tuple[Tensor, Tensor | None]], values: list[Tensor], facts: Facts
+) -> None:
+    for i, ((parameter, gradient), value) in enumerate(zip(own, values, strict=True)):
+        where = f"parameter {i} on rank {rank}"
+        if not torch.equal(parameter, torch.ones_like(parameter)):
+            raise Wrong(f"{where} changed: only gradients are to be averaged.", facts)
+        if not _is_used(i):
+            if gradient is not None:
+                raise Wrong(f"no rank used parameter {i}, and rank {rank} has a gradient.", facts)
+            continue
+        if gradient is None:
+            raise Wrong(f"{where} has no gradient, and another rank used it.", facts)
+        require_finite([gradient], f"the gradient of {where}")
+        used = torch.tensor([float(each[i]) for each in _USED])
+        total = torch.tensordot(used, value, 1)
+        if torch.allclose(gradient, total / len(_USED), atol=1e-6):
+            continue
+        raise Wrong(f"the gradient of {where} {_gradient_mistake(gradient, total, used)}", facts)
+
+
+def _gradient_mistake(gradient: Tensor, total: Tensor, used: Tensor) -> str:
+    if torch.allclose(gradient, total, atol=1e-6):
+        return "is the sum over the ranks, and should be the mean."
+    if torch.allclose(gradient, total / used.sum(), atol=1e-6):
+        return "is the mean over the ranks that used it, and should be that over all."
+    return "is not the mean over all ranks."
+
+
+# -------------------------------------------------------------- 4. 1F1B, as one rank sees it
+
+
+@check
+def check_turns(by_turns: Callable[[Stage, int], None]) -> Verdict:
+    """Graded on the gradients, on what each rank holds, and on the time, for several N and m."""
+    facts = []
+    for count, m in ((4, 8), (2, 3), (4, 2), (1, 2)):
+        try:
+            facts.append(judge_turns(by_turns, count, m))
+        except Wrong as wrong:
+            case = f"{_with_ranks(count)} and {m} microbatches"
+            raise Wrong(f"{case}: {wrong}", wrong.facts) from None
+    return right("one forward and one backward by turns, and nobody waits for ever.", facts[0])
+
+
+def _with_ranks(count: int) -> str:
+    return "with one rank" if count == 1 else f"with {count} ranks"
