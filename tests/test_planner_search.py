@@ -89,7 +89,7 @@ def test_a_smaller_memory_leaves_fewer_layouts_and_no_faster_one() -> None:
     where = cluster("A100", 16)
     roomy = search(SMALL, where, 64, 2048)
     tight = search(SMALL, where, 64, 2048, memory_limit=20e9)
-    reason = "does not fit in memory"
+    reason = "too large for the memory"
     assert tight.fell_out[reason] > roomy.fell_out[reason]
     assert tight.best[0].seconds >= roomy.best[0].seconds
     assert all(each.memory.total <= 20e9 for each in tight.best)
@@ -169,7 +169,7 @@ def test_the_command_searches(capsys: pytest.CaptureFixture) -> None:
     assert main([*words.split(), "--search"]) == 0
     printed = capsys.readouterr().out
     assert "the fastest:" in printed
-    assert "does not fit in memory" in printed
+    assert "too large for the memory" in printed
 
 
 @pytest.mark.parametrize(

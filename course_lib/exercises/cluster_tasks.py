@@ -35,6 +35,7 @@ CHOSEN = {
     "data", "sharded", "tensor", "sequence_parallel", "pipeline", "schedule", "virtual_stages",
     "microbatch", "recompute",
 }  # fmt: skip
+SCHEDULES = ("1F1B", "interleaved")  # that the search chooses between
 TOLERANCE = 1.15  # times the seconds of the search's first choice
 
 
@@ -45,6 +46,11 @@ def judge(task: Task, layout: Layout) -> Plan:
         given, wanted = getattr(layout, field.name), getattr(plain, field.name)
         if field.name not in CHOSEN and given != wanted:
             raise Wrong(f"{task.name}: {field.name} stays {wanted!r}, and yours is {given!r}.")
+    if layout.schedule not in SCHEDULES:
+        raise Wrong(
+            f"{task.name}: the schedule is {' or '.join(map(repr, SCHEDULES))} here, and yours is "
+            f"{layout.schedule!r}."
+        )
     try:
         found = plan(task.model, task.where, layout)
     except ValueError as error:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from course_lib.exercises.cluster_tasks import TASKS, TOLERANCE, fastest, judge, what_it_loses
 from course_lib.exercises.stage_memory import PIPELINES, held, mistake_of
 from course_lib.exercises.verdict import Verdict, Wrong, check, require_number, right
@@ -75,13 +77,19 @@ def check_config(parameters_of: Callable[[dict], int]) -> Verdict:
 
 
 def _parameters(config: dict[str, Any]) -> int:
-    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-    head = config.get("head_dim", hidden // config["num_attention_heads"])
-    queries = config["num_attention_heads"] * head
-    keys_values = 2 * config["num_key_value_heads"] * head
-    layer = hidden * (2 * queries + keys_values + 3 * config["intermediate_size"] + 2)
-    tables = 1 if config["tie_word_embeddings"] else 2
-    return layers * layer + hidden * (tables * config["vocab_size"] + 1)
+    return Model(
+        name="of a config.json",
+        layers=config["num_hidden_layers"],
+        hidden=config["hidden_size"],
+        heads=config["num_attention_heads"],
+        ffn=config["intermediate_size"],
+        vocabulary=config["vocab_size"],
+        kv_heads=config["num_key_value_heads"],
+        gated=True,
+        tied=config["tie_word_embeddings"],
+        biased=False,
+        head_size=config.get("head_dim", 0),
+    ).parameters
 
 
 def _config_hint(config: dict[str, Any], off: float) -> str:
@@ -105,6 +113,8 @@ def _config_hint(config: dict[str, Any], off: float) -> str:
         -2 * layers * hidden: "The norms of the layers are missing: two each.",
         -layers * hidden * queries: "The output of attention has a matrix too.",
         norms: "These norms have a scale and no shift.",
+        layers * hidden * (hidden - queries): "head_dim says how wide a head is: the output of "
+        "attention goes from heads times head_dim to the width of the model.",
         layers * (2 * hidden * (hidden - queries)): "head_dim says how wide a head is: here heads "
         "times head_dim is not the width of the model.",
         layers * (hidden - queries) * hidden * (2 + keys_values / queries): "head_dim says how "
@@ -142,8 +152,12 @@ def check_stages(stage_bytes: Callable[[Model, Layout, float], Sequence[float]])
 def _numbers(answer: Any, count: int) -> list[float]:
     if answer is None:
         raise Wrong("your function returned None: is a return statement missing?")
+    if isinstance(answer, np.ndarray):
+        answer = answer.tolist()
     if not isinstance(answer, (list, tuple)) or len(answer) != count:
         raise Wrong(f"return a list of {count} numbers for {count} stages, the first stage first.")
+    if any(each is None for each in answer):
+        raise Wrong("a stage of your list is None: each has a number of bytes.")
     return [require_number(each) for each in answer]
 
 
@@ -211,8 +225,10 @@ def _enough(count: int, tokens: float, days: float) -> bool:
 
 
 def _fewest_hint(ours: Any, tokens: float, days: float) -> str:
+    if ours is None:
+        return " Where it does not fit, best_plan raises a ValueError: more GPUs may still do."
     if ours not in COUNTS:
-        return " Take one of the counts, or None." if ours is not None else " One is enough."
+        return " Take one of the counts, or None."
     try:
         needs = _best_plan(ours).days(tokens)
     except ValueError:

@@ -135,6 +135,8 @@ def state_collectives(
         return [network.ring("gradients", gradients, members, stride, 2, 1.0)]
     found = []
     if layout.sharded < 3:
+        # Once a step, ZeRO-2's gradients too: as if each virtual stage took all its microbatches in
+        # a row, which it does where there are no more of them than stages.
         found.append(network.ring("gradients", gradients, shards, stride, 1, 1.0))
         found.append(network.ring("parameters", weights, shards, stride, 1, 1.0))
     else:

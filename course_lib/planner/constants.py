@@ -53,7 +53,8 @@ class Constants:
         network_hop: seconds for each of a ring's hops between nodes.
         hidden: part of the overlapped communication that is hidden, where there is enough to hide
             it behind.
-        reserved: bytes of a GPU that the framework takes before the model does.
+        reserved: bytes of a GPU that the model's state and its activations do not explain: CUDA,
+            NCCL, workspaces.
         fragments: memory held for activations over the bytes that they have.
     """
 

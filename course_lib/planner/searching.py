@@ -23,13 +23,11 @@ class Search:
         best: plans that fit, fastest first.
         tried: how many layouts were looked at.
         fell_out: for each reason, how many layouts.
-        nearest: where nothing fits, the plan that needs the least memory.
     """
 
     best: list[Plan]
     tried: int
     fell_out: Counter[str] = field(default_factory=Counter)
-    nearest: Plan | None = None
 
 
 def search(
@@ -71,13 +69,13 @@ def search(
             continue
         needed = gpu_memory(model, layout, constants).total
         if needed > limit:
-            fell_out["does not fit in memory"] += 1
+            fell_out["too large for the memory"] += 1
             if nearest is None or needed < nearest[0]:
                 nearest = (needed, layout)
             continue
         found.append(plan(model, cluster, layout, constants))
     found.sort(key=lambda each: each.seconds)
-    fell_out["fits, and is slower"] = max(0, len(found) - keep)
+    fell_out["slower than the best"] = max(0, len(found) - keep)
     if not found and nearest is None:
         raise ValueError(
             f"no layout divides batch {batch} and {model.name} over {cluster.gpus} GPUs: change "

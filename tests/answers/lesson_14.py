@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from course_lib.exercises import lesson_14
 from course_lib.planner import Layout
 from exercise_answers import Answers
@@ -83,6 +85,13 @@ def heads_that_share_the_width(config):
     return counted(config, head=config["hidden_size"] // config["num_attention_heads"])
 
 
+@CONFIG.wrong("209,715,200 too many", "the output of attention goes from")
+def an_output_that_is_square(config):
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    queries = heads * config.get("head_dim", hidden // heads)
+    return counted(config) + config["num_hidden_layers"] * hidden * (hidden - queries)
+
+
 @CONFIG.wrong("changed the config")
 def popped(config):
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
@@ -130,6 +139,16 @@ def from_the_last_to_the_first(model, layout, kept):
 @STAGES.right
 def a_tuple(model, layout, kept):
     return tuple(stages(model, layout, kept))
+
+
+@STAGES.right
+def an_array(model, layout, kept):
+    return np.array(stages(model, layout, kept))
+
+
+@STAGES.wrong("a stage of your list is None")
+def a_list_not_filled(model, layout, kept):
+    return [None] * layout.pipeline
 
 
 @STAGES.wrong("stage 1 holds", "Under 1F1B stage r keeps p - r")
@@ -284,6 +303,14 @@ def it_always_fits(best_plan, counts, tokens, days):
     return next((n for n in counts if best_plan(n).days(tokens) <= days), None)
 
 
+@FEWEST.wrong("1024 is right, and yours is None", "raises a ValueError: more GPUs may still do")
+def nothing_fits_if_the_first_does_not(best_plan, counts, tokens, days):
+    try:
+        return next((n for n in counts if best_plan(n).days(tokens) <= days), None)
+    except ValueError:
+        return None
+
+
 @FEWEST.wrong("1 billion tokens in 30 days: 32 is right, and yours is 8", "it does not fit")
 def hours_divided(best_plan, counts, tokens, days):
     """What is known of the largest count, divided: as if each GPU were as good everywhere."""
@@ -375,6 +402,11 @@ def everything_computed_again():
 @LAYOUTS.wrong("8B on 64 H100: data 32 x tensor 1", "makes 32 GPUs")
 def half_of_the_gpus():
     return [replace(SHARDED, data=32), SLOW, LARGE]
+
+
+@LAYOUTS.wrong("the schedule is '1F1B' or 'interleaved' here, and yours is 'ZB-1p'")
+def zero_bubble():
+    return [SHARDED, replace(SLOW, schedule="ZB-1p"), LARGE]
 
 
 @LAYOUTS.wrong("precision stays 'bf16', and yours is 'fp8'")
