@@ -22,6 +22,7 @@ from course_lib.explorers import (
     lesson_08,
     lesson_09,
     lesson_10,
+    lesson_12,
     lesson_14,
     lesson_15,
 )
@@ -41,6 +42,7 @@ ALL = [
     lesson_08.explore_sharding,
     lesson_09.explore_methods,
     lesson_10.explore_circle,
+    lesson_12.explore_nodes,
     lesson_14.explore_plans,
     lesson_15.explore_broken,
 ]
@@ -51,6 +53,7 @@ EXPLORERS = [
     lesson_03.explore_all_reduce,
     lesson_08.explore_sharding,
     lesson_10.explore_circle,
+    lesson_12.explore_nodes,
     lesson_14.explore_plans,
     lesson_15.explore_broken,
 ]
@@ -178,6 +181,20 @@ def test_a_sharded_model_never_fits_only_if_no_number_of_gpus_is_enough(
 ) -> None:
     counts = [1, 2, 4, 8, 16, 32, 64, 128]
     assert lesson_08.where_it_fits(stage, billions, memory, counts) == words
+
+
+@pytest.mark.parametrize(
+    ("nodes", "words"),
+    [
+        (1, "tree, ring from 1.3 MB on"),
+        (16, "tree, levels from 400 kB on"),  # what lesson 12 answers below its explorer
+        (64, "tree, levels from 1.3 MB on"),
+    ],
+)
+def test_the_best_all_reduce_is_named_with_the_size_from_which_it_is(nodes: int, words: str):
+    explorer = lesson_12.explore_nodes()
+    explorer.children[0].value = nodes
+    assert f"by formula: {words}" in explorer.children[-2].value
 
 
 def test_a_cluster_that_is_too_small_is_said_in_the_title() -> None:

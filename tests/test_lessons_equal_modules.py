@@ -14,18 +14,23 @@ import torch.distributed as dist
 from matplotlib import pyplot as plt
 from torch.nn import functional as F
 
-from course_lib import devices
+from course_lib import devices, trace
+from course_lib.hardware import fresh_devices
 from course_lib.models import GPT, MLP, next_token_loss
 from course_lib.parallel import (
+    all_reduce_costs,
     collectives,
     data_parallel,
     gradient_buckets,
+    node_collectives,
     regions,
     schedule_rules,
     schedules,
     vocabulary,
 )
 from course_lib.parallel.attention_ring import ring_attention
+from course_lib.parallel.expert_parallel import ExpertParallel
+from course_lib.parallel.experts import MixtureOfExperts
 from course_lib.parallel.layer_parallel import LayerParallel, balanced_cuts
 from course_lib.parallel.pipeline import Pipeline
 from course_lib.parallel.proof import largest_difference
@@ -401,6 +406,63 @@ def test_lesson_08_and_sharded_train_to_the_same_parameters() -> None:
         module.train_step(xs, ys, F.cross_entropy)
     for replica in replicas:
         assert largest_difference(replica.cpu(), module.to_model()) < 1e-12
+
+
+@pytest.mark.parametrize(("nodes", "size"), [(1, 2), (2, 3), (3, 2)])
+def test_lesson_12_and_node_collectives_sum_to_the_same_bits_in_the_same_time(
+    nodes: int, size: int
+) -> None:
+    lesson = definitions("12_nodes_and_experts.ipynb", "hier", "seconds-formulas", "tuner")
+    torch.manual_seed(0)
+    originals = torch.randn(nodes * size, 1001)
+    results, seconds = [], []
+    for all_reduce in (lesson.hierarchical_all_reduce, node_collectives.hierarchical_all_reduce):
+        with fresh_devices(nodes * size, lesson.spec, nodes=nodes) as gpus:
+            tensors = [part.to(gpu) for part, gpu in zip(originals, gpus, strict=True)]
+            with trace(strict=True) as t:
+                all_reduce(tensors)
+            results.append(torch.stack([tensor.cpu() for tensor in tensors]))
+            seconds.append(t.seconds)
+    assert torch.equal(*results)
+    assert seconds[0] == pytest.approx(seconds[1])
+    names = {"ring": "ring_all_reduce", "tree": "tree_all_reduce",
+             "levels": "hierarchical_all_reduce"}  # fmt: skip
+    for nbytes in (10, 1e4, 1e7):
+        case = (lesson.spec, nodes, size, nbytes)
+        assert names[lesson.tuner(*case)] == all_reduce_costs.fastest_all_reduce(*case).__name__
+
+
+@pytest.mark.parametrize(("top_k", "factor"), [(1, 1.0), (2, 0.5), (2, 4.0)])
+def test_lesson_12_and_expert_parallel_have_the_same_outputs_and_gradients(
+    top_k: int, factor: float
+) -> None:
+    cells = ("router", "capacity", "layer", "balance-loss", "all-to-all", "exchange", "spread")
+    lesson = definitions("12_nodes_and_experts.ipynb", *cells)
+    torch.manual_seed(0)
+    layer = lesson.ExpertLayer(6, 8, 4, top_k, factor).double()
+    module = MixtureOfExperts(6, 8, 4, top_k, factor).double()
+    module.router.score.load_state_dict(layer.router.state_dict())
+    module.experts.load_state_dict(layer.experts.state_dict())
+    inputs = [torch.randn(12, 6).double() for _ in range(4)]
+    gpus = devices(4, nodes=2)
+    ours, theirs = ([x.to(gpu).requires_grad_() for x, gpu in zip(inputs, gpus, strict=True)]
+                    for _ in range(2))  # fmt: skip
+    routers, experts = lesson.spread(layer, gpus)
+    outs, scores, _ = lesson.expert_parallel(layer, routers, experts, ours)
+    parallel = ExpertParallel(module, gpus)
+    expected, balances = parallel(theirs)
+    for out, right, score, balance in zip(outs, expected, scores, balances, strict=True):
+        torch.testing.assert_close(out, right, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(lesson.balance(score, top_k), balance, rtol=1e-12, atol=1e-12)
+    for each in (outs, expected):
+        torch.autograd.backward([out.square().sum() for out in each])
+    mine = [*ours, *(p for own in experts for expert in own for p in expert.parameters())]
+    right = [*theirs, *(p for own in parallel.experts for p in own.parameters())]
+    if top_k > 1:  # with one choice its weight is 1, whatever the router says
+        mine += [router.weight for router in routers]
+        right += [router.score.weight for router in parallel.routers]
+    for one, other in zip(mine, right, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-12)
 
 
 @pytest.fixture
