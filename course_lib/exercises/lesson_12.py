@@ -76,16 +76,20 @@ def _judge_broadcast(answer: Callable, nodes: int, size: int) -> Facts:
 
 
 def _why_slow(t: timeline.Trace, nodes: int, size: int) -> str:
-    """What kept a broadcast: cards that carried nothing, or GPUs that took turns."""
-    crossing = [span for span in t.spans if span.route and t.link_of(span) == "network"]
-    used = {span.route[1] for span in crossing if span.route}
-    idle = (nodes - 1) * size - len(used)
-    if idle > 0:
+    """What kept a broadcast: cards that carried nothing, or copies that took turns."""
+    crossing = [span.route for span in t.spans if span.route and t.link_of(span) == "network"]
+    said = f"it takes {t.seconds * 1e3:.1f} ms"
+    receivers, wanted = {to for _, to in crossing}, (nodes - 1) * size
+    if len(receivers) < wanted:
+        idle = wanted - len(receivers)
+        return f"{said}, and {idle} of {wanted} cards receive nothing: cut the tensor up before."
+    senders = {source for source, _ in crossing}
+    if len(senders) < size:
         return (
-            f"it takes {t.seconds * 1e3:.1f} ms, and {idle} of {(nodes - 1) * size} cards receive "
-            "nothing: cut the tensor up before it crosses."
+            f"{said}, and all that crosses leaves through {len(senders)} of {size} cards: spread "
+            "it over the first node before."
         )
-    return f"it takes {t.seconds * 1e3:.1f} ms: copies wait for each other that need not."
+    return f"{said}: copies wait for each other that need not."
 
 
 @check

@@ -72,6 +72,17 @@ def to_everybody(nodes):
                 tensor.copy_(first)
 
 
+@BROADCAST.wrong("leaves through 1 of 2 cards", "spread it over the first node")
+def chunks_from_the_first_gpu(nodes):
+    chunks = chunks_of(nodes)
+    scatter(chunks[0])
+    for other in chunks[1:]:
+        for place, of_gpu in enumerate(other):
+            of_gpu[place].copy_(chunks[0][0][place])
+    for node, of_node in zip(nodes, chunks, strict=True):
+        gather(node, of_node)
+
+
 @BROADCAST.wrong("cards receive nothing", "cut the tensor up")
 def through_the_first_of_each_node(nodes):
     for node in nodes:
