@@ -1,11 +1,12 @@
-"""Checks of lesson 03: a pipelined broadcast, the order of buckets, accumulation with buckets."""
+"""Checks of lesson 03: a pipelined broadcast, bucket order, accumulation, rings over nodes."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,11 @@ from course_lib.exercises.diagnosis import (
 )
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
 from course_lib.models import MLP
+from course_lib.parallel.all_reduce_costs import ring_seconds
+from course_lib.parallel.collectives import ring_all_reduce
 from course_lib.parallel.data_parallel import replicate
 from course_lib.parallel.gradient_buckets import GradientBuckets
+from course_lib.parallel.transfers import SideStreams
 
 
 @check
@@ -231,3 +235,66 @@ def _likely(ours: Tensor, expected: Tensor, batches: list, model: nn.Module) -> 
         if any(torch.allclose(ours * factor, mean, atol=1e-6) for factor in (1, parts)):
             return f"only microbatch {number} is in the gradients: the others' were lost."
     return "not the gradient of the mean over all examples."
+
+
+@check
+def check_orders(ring_orders: Callable[[int, int], Sequence[Sequence[int]]]) -> Verdict:
+    """Graded on how often the rings leave a node, and on the seconds of all of them at once."""
+    facts: Facts = []
+    for nodes, size in ((1, 3), (3, 2), (2, 4)):
+        orders = ring_orders(nodes, size)
+        where = f"for {nodes} node{'s' if nodes > 1 else ''} of {size},"
+        _require_orders(orders, nodes, size, where)
+        if nodes > 1:
+            facts = _require_all_cards(orders, nodes, size, where)
+    return right("every card sends in one ring.", facts)
+
+
+def _require_orders(orders: Any, nodes: int, size: int, where: str) -> None:
+    if not isinstance(orders, (list, tuple)) or len(orders) != size:
+        raise Wrong(f"{where} return a list of {size} rings.")
+    for number, order in enumerate(orders):
+        if not isinstance(order, (list, tuple)) or sorted(order) != list(range(nodes * size)):
+            raise Wrong(
+                f"{where} each of the {nodes * size} ranks stands once in a ring, and ring "
+                f"{number} is {order}."
+            )
+        crossings = len(_senders_over_the_network(order, size))
+        if crossings > nodes > 1:
+            raise Wrong(
+                f"{where} ring {number} leaves a node {crossings} times, and {nodes} times are "
+                f"enough: {list(order)}."
+            )
+
+
+def _senders_over_the_network(order: Sequence[int], size: int) -> list[int]:
+    following = [*order[1:], order[0]]
+    return [a for a, b in zip(order, following, strict=True) if a // size != b // size]
+
+
+def _require_all_cards(orders: Sequence[Sequence[int]], nodes: int, size: int, where: str) -> Facts:
+    """Run the rings at once, and check the seconds; returns what it took."""
+    numel = 240_000  # of which every number of GPUs here is a divisor
+    spec = CLASSROOM.with_(launch_overhead=0.0)
+    with hardware.fresh_devices(nodes * size, spec, "meta", nodes) as gpus:
+        tensors = [torch.empty(numel, device=gpu) for gpu in gpus]
+        parts = [tensor.tensor_split(size) for tensor in tensors]
+        with timeline.trace() as t:
+            sides = [SideStreams(gpus) for _ in orders]
+            for number, (order, side) in enumerate(zip(orders, sides, strict=True)):
+                with side.beside(tensors):
+                    ring_all_reduce([parts[rank][number] for rank in order])
+    target = ring_seconds(spec, nodes, size, 4 * numel / size)
+    facts = [
+        (f"{size} rings at once, {nodes} nodes of {size}", f"{t.seconds * 1e3:.1f} ms",
+         f"about {target * 1e3:.1f} ms"),
+    ]  # fmt: skip
+    if t.seconds > 1.15 * target:
+        senders = [rank for order in orders for rank in _senders_over_the_network(order, size)]
+        most = max(senders, key=senders.count)
+        raise Wrong(
+            f"{where} the rings take {t.seconds * 1e3:.1f} ms: GPU {most} sends over the network "
+            f"in {senders.count(most)} of them, and its card takes one after the other.",
+            facts,
+        )
+    return facts

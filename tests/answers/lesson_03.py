@@ -16,7 +16,8 @@ from exercise_answers import Answers
 BROADCAST = Answers("03", "broadcast", lesson_03.check_broadcast)
 LAUNCH = Answers("03", "launch", lesson_03.check_launch)
 ACCUMULATE = Answers("03", "accumulate", lesson_03.check_accumulate)
-EXERCISES = [BROADCAST, LAUNCH, ACCUMULATE]
+ORDERS = Answers("03", "orders", lesson_03.check_orders)
+EXERCISES = [BROADCAST, LAUNCH, ACCUMULATE, ORDERS]
 
 
 # ------------------------------------------------------------------- 1. a pipelined broadcast
@@ -512,3 +513,59 @@ def only_the_first_replica(replicas, buckets, microbatches, loss_function):
     for xs, ys in microbatches:
         with buckets.accumulate():
             loss_function(replicas[0](xs[0]), ys[0]).backward()
+
+
+# ------------------------------------------------------------------- 4. all cards at work
+
+
+def turned(nodes, size, turn):
+    return [node * size + (place + turn) % size for node in range(nodes) for place in range(size)]
+
+
+@ORDERS.right
+def turned_the_other_way(nodes, size):
+    return [tuple(turned(nodes, size, -turn)) for turn in range(size)]
+
+
+@ORDERS.right
+def the_last_one_chosen(nodes, size):
+    orders = []
+    for last in range(size):
+        first = (last + 1) % size
+        between = [place for place in range(size) if place not in (first, last)]
+        places = [first, *between, last] if size > 1 else [0]
+        orders.append([node * size + place for node in range(nodes) for place in places])
+    return orders
+
+
+@ORDERS.wrong("for 3 nodes of 2, the rings take", "GPU 1 sends over the network in 2 of them")
+def all_in_one_order(nodes, size):
+    return [list(range(nodes * size))] * size
+
+
+@ORDERS.wrong("for 3 nodes of 2, ring 0 leaves a node 6 times, and 3 times are enough")
+def place_by_place(nodes, size):
+    ranks = [node * size + place for place in range(size) for node in range(nodes)]
+    return [ranks[turn * nodes :] + ranks[: turn * nodes] for turn in range(size)]
+
+
+@ORDERS.wrong("GPU 1 sends over the network in 2 of them")
+def all_ranks_turned(nodes, size):
+    ranks = list(range(nodes * size))
+    return [ranks[turn:] + ranks[:turn] for turn in range(size)]
+
+
+@ORDERS.wrong("return a list of 3 rings")
+def a_single_ring(nodes, size):
+    return [list(range(nodes * size))]
+
+
+@ORDERS.wrong("stands once in a ring", "ring 1 is")
+def one_node_alone(nodes, size):
+    return [turned(nodes, size, 0)] + [turned(1, size, turn)[:-1] for turn in range(1, size)]
+
+
+@ORDERS.wrong("for 2 nodes of 4, the rings take")
+def forwards_and_backwards(nodes, size):
+    forwards = turned(nodes, size, 0)
+    return [forwards if turn % 2 else forwards[::-1] for turn in range(size)]
