@@ -150,6 +150,17 @@ def _wants_real(count: int, real_count: int) -> bool:
     return choice != "virtual" and real_count >= count
 
 
+def real_gpus(count: int) -> list[torch.device]:
+    """``count`` real GPUs, if :func:`devices` would give real ones for that many; else none.
+
+    Raises:
+        RuntimeError: ``COURSE_DEVICES=cuda`` on a machine with fewer GPUs than that.
+    """
+    if not _wants_real(count, torch.cuda.device_count()):
+        return []
+    return [torch.device("cuda", index) for index in range(count)]
+
+
 def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' if count > 1 else ''}"
 

@@ -65,7 +65,7 @@ def test_the_citation_is_of_this_version():
 
 def test_what_the_package_needs_at_run_time_suits_a_notebook_service():
     names = {need.name for need in REQUIRED}
-    assert names == {"torch", "numpy", "matplotlib", "pillow", "ipywidgets", "tqdm"}
+    assert names == {"torch", "numpy", "matplotlib", "pillow", "ipywidgets", "tqdm", "cloudpickle"}
 
 
 def test_constraints_are_names_and_public_versions_only():

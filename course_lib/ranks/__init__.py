@@ -1,21 +1,28 @@
-"""One rank a GPU: a function run as on a cluster, on virtual GPUs in this process.
+"""One rank a GPU: a function run as on a cluster, on virtual GPUs or in real processes.
 
     def train():
         torch.distributed.init_process_group()
+        model = Model().to(ranks.device())
         ...
 
-    ranks.run(train, course_lib.devices(4))
+    ranks.run(train, course_lib.devices(4))    # on virtual GPUs, or on real ones
+    ranks.run(train, processes=4)              # in four processes, on whatever is there
 
-Each rank is a thread with a virtual GPU of its own, and ``torch.distributed`` works in it as
+On virtual GPUs each rank is a thread with one of its own, and ``torch.distributed`` works in it as
 between processes: so do the engines above it, ``DistributedDataParallel``, ``fully_shard``, DTensor
 and ``torch.distributed.pipelining``, unmodified. What they compute, hold, send and wait for is seen
 by the meters that see the code written by hand.
 
-How it works, in the order to read it:
+Processes are what a cluster has: each with its own Python, and ``gloo`` between them, or ``nccl``
+if there is a GPU for each (not tried on real GPUs yet). Nothing is simulated and nothing is
+metered. The function may stand in a cell of a notebook all the same, and returns, prints and fails
+as on virtual GPUs. :mod:`course_lib.ranks.processes` says how.
+
+How virtual ranks work, in the order to read it:
 
 * ``baton``           one thread runs at a time, in an order that is always the same;
 * ``rank_state``      what belongs to a process, and changes hands with the baton;
-* ``running``         ``run``: ranks begin, end, print, fail;
+* ``running``         ranks begin, end, print, fail;
 * ``where``, ``errors``, ``interrupting``  a fault, and the line of the program that it is in;
 * ``reductions``      sums, means, maxima, as a ring needs them;
 * ``calls``           what each collective does, on the ring of ``course_lib.parallel.ring``;
@@ -29,6 +36,7 @@ How it works, in the order to read it:
 * ``distributed``     what of ``torch.distributed`` is each rank's own, while ranks run;
 * ``engines``         what PyTorch's engines take for granted of a process;
 * ``script``          a script as each rank's main program, for ``python -m course_lib.ranks``;
+* ``launching``, ``output``  ``run`` itself, which chooses between virtual ranks and processes;
 * ``by_hand``         what a rank can run: the course's methods, written with ``torch.distributed``.
 
 Faults are named at once. When no rank can go on, that is a deadlock: the error says what each rank
@@ -40,7 +48,7 @@ What is modelled: a collective is one launch for each host, takes the bytes and 
 on streams of its group, beside whatever the GPUs compute; ``wait`` makes the current stream wait
 and not the host, as with NCCL; a barrier makes the hosts wait.
 
-What differs from processes:
+In what virtual ranks differ from processes:
 
 * the current device of a rank is its own GPU from the start, without ``set_device``; ``LOCAL_RANK``
   is the index of that GPU, over all nodes;
@@ -48,7 +56,7 @@ What differs from processes:
 * a rank begins with the random numbers, the default dtype and the environment of the caller, and
   shares its modules and global variables with the other ranks;
 * what ranks print is shown when all have ended;
-* a wait for what never comes is an error at once and not after a timeout;
+* a wait for what never comes is an error at once, which processes only end after a timeout;
 * collectives of CPU tensors take no time and are not metered; a barrier sends nothing;
 * a send is done when it was received, however small it is;
 * ``PREMUL_SUM`` scales the sum and not each number;
@@ -56,12 +64,25 @@ What differs from processes:
 * a host that reads a value lets its GPU finish all that is enqueued: what another rank, which is
   behind in the program but not in time, adds to the same GPU later comes after that.
 
-What is refused, in one line: a run inside of a rank, ``course_lib.devices`` and ``trace`` inside of
-a rank, GPUs that are real or shared, receiving from any source, ``split_group``, SyncBatchNorm in
+And the processes of ``ranks.run`` from those of ``torchrun``:
+
+* they meet through a file in a private folder and not at a port, and talk over the loopback;
+* they have the random numbers, the default dtype and the environment of the caller;
+* what they print is shown when all have ended, rank by rank;
+* collectives that differ are a ``MismatchError``, which costs a message before each: whoever
+  measures sets ``TORCH_DISTRIBUTED_DEBUG=OFF``;
+* a wait in vain goes on until ``timeout`` or an interrupt; the error says where each rank was;
+* the function, and the variables that it uses, are copies: what a rank changes in them stays there.
+  A tensor on a virtual GPU cannot be sent;
+* macOS and Windows have no fork server, so each process imports PyTorch anew, in seconds; Windows
+  cannot say where the ranks were that were stopped. Not tried on either.
+
+What virtual ranks refuse, in one line: a run inside of a rank, ``course_lib.devices`` and ``trace``
+inside of a rank, GPUs that are shared, receiving from any source, ``split_group``, SyncBatchNorm in
 training. Not tried: context parallelism of PyTorch's own, ``pipeline()`` that traces a model,
 ``torch.distributed.checkpoint``, ``torch.compile``, more than eight ranks.
 
-Rests on these names of PyTorch (tried with 2.13), which are private or may change:
+Virtual ranks rest on these names of PyTorch (tried with 2.13), which are private or may change:
 ``torch.distributed.distributed_c10d``: ``_World``, ``_world``, ``_backend``,
 ``_default_pg_init_method``, ``BackendConfig``, ``Backend._plugins`` and
 ``Backend.default_device_backend_map``, and that ``_new_process_group_helper`` takes a
@@ -78,6 +99,6 @@ replaced while ranks run; ``distributed_c10d._resolve_process_group``, the opera
 """
 
 from course_lib.ranks.errors import DeadlockError, MismatchError
-from course_lib.ranks.running import run
+from course_lib.ranks.launching import device, run
 
-__all__ = ["DeadlockError", "MismatchError", "run"]
+__all__ = ["DeadlockError", "MismatchError", "device", "run"]

@@ -1,9 +1,8 @@
-"""``run``: one function, once a rank, on virtual GPUs."""
+"""``run``: one function, once a rank, on virtual GPUs, in threads of this process."""
 
 from __future__ import annotations
 
 import gc
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from course_lib.ranks import distributed, engines
 from course_lib.ranks.baton import Baton, Runner
 from course_lib.ranks.interrupting import end_interrupted
 from course_lib.ranks.meetings import Communicator
+from course_lib.ranks.output import print_in_rank_order
 from course_lib.ranks.point_to_point import Exchange
 from course_lib.ranks.rank_state import ProcessState, undo_environment
 from course_lib.ranks.store import SharedStore
@@ -23,28 +23,24 @@ from course_lib.virtual.machine import DEVICE_TYPE, machine
 
 
 def run(function: Callable[..., Any], gpus: Sequence[torch.device], *args: Any) -> list[Any]:
-    """Run ``function(*args)`` once a rank, and wait for all.
+    """Run ``function(*args)`` once a rank; see :func:`course_lib.ranks.run`."""
+    return Run(function, _checked(gpus), args).results()
 
-    Each rank has one of ``gpus``, which is its current device from the start, and what a process
-    started by ``torchrun`` has: ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE`` in its environment, a
-    host clock, random numbers and groups of its own. ``torch.distributed.init_process_group()``
-    needs no arguments.
 
-    What a rank prints comes when all have ended, rank by rank.
+def is_in_a_rank() -> bool:
+    """Whether it is a virtual rank that asks."""
+    return _Active.run is not None
 
-    Returns:
-        What each rank returned, in rank order.
+
+def device() -> torch.device:
+    """The GPU of the virtual rank that asks.
 
     Raises:
-        DeadlockError: every rank waits for another.
-        MismatchError: ranks take part in different collectives.
-        RuntimeError: it is called inside of a rank, or the GPUs are not virtual.
-        ValueError: there are no GPUs, or one is there twice.
-
-    What else a rank raises ends the others and is raised here: the error of the rank that failed
-    first, with a note that says which.
+        RuntimeError: no rank asks.
     """
-    return Run(function, _checked(gpus), args).results()
+    if _Active.run is None:
+        raise RuntimeError("ranks.device() is that of a rank: call it inside of ranks.run()")
+    return _Active.run.gpus[_Active.run.rank]
 
 
 class Run:
@@ -155,11 +151,10 @@ class Run:
 
     def _print(self) -> None:
         """What the ranks printed, in rank order."""
-        for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
-            for rank, state in enumerate(self._states):
-                text = state.values[name].getvalue()
-                for line in text.splitlines():
-                    print(f"[rank {rank}] {line}", file=stream)
+        print_in_rank_order(
+            [state.values["stdout"].getvalue() for state in self._states],
+            [state.values["stderr"].getvalue() for state in self._states],
+        )
 
     def _let_go(self) -> None:
         """Keep no tensor: an error that was raised here keeps this object for as long as it is."""
@@ -195,8 +190,6 @@ class _Active:
 
 
 def _checked(gpus: Sequence[torch.device]) -> list[torch.device]:
-    if _Active.run is not None:
-        raise RuntimeError("ranks.run() cannot be called inside of a rank: its ranks are all there")
     devices = [torch.device(gpu) for gpu in gpus]
     if not devices:
         raise ValueError("ranks.run(function, gpus) needs at least one GPU")

@@ -19,10 +19,14 @@ def line_of(frame: FrameType | None) -> str:
         frame = frame.f_back
     if frame is None:
         return "an unknown line"
-    path, number = frame.f_code.co_filename, frame.f_lineno
+    return line_at(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+
+
+def line_at(path: str, number: int, function: str) -> str:
+    """A line of the program as :func:`line_of` words it."""
     place = f"line {number} of a cell" if _is_cell(path) else f"{Path(path).name}:{number}"
     text = linecache.getline(path, number).strip()
-    return f"{place}, in {frame.f_code.co_name}" + (f": {text}" if text else "")
+    return f"{place}, in {function}" + (f": {text}" if text else "")
 
 
 def line_here() -> str:

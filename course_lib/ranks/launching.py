@@ -1,0 +1,103 @@
+"""``run``: one function, once a rank, on virtual GPUs or in processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from course_lib import hardware
+from course_lib.ranks import running
+from course_lib.ranks.processes.place import Here
+
+
+def run(
+    function: Callable[..., Any],
+    gpus: Sequence[torch.device] | None = None,
+    *args: Any,
+    processes: int | None = None,
+    timeout: float | None = None,
+) -> list[Any]:
+    """Run ``function(*args)`` once a rank, and wait for all.
+
+    With virtual ``gpus``, each rank has one of them, and is a thread of this process. With real
+    ones, each rank has one of them, and is a process. ``processes=4`` is four processes on whatever
+    the machine has: a GPU for each if there are so many, else the CPU.
+
+    Each rank has what one started by ``torchrun`` has: ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE``
+    in its environment, random numbers and groups of its own, its GPU as the current device.
+    ``torch.distributed.init_process_group()`` needs no arguments.
+
+    What a rank prints comes when all have ended, rank by rank.
+
+    Args:
+        function: may stand in a cell of a notebook.
+        processes: how many, instead of ``gpus``.
+        timeout: for processes, seconds after which they are stopped, and the error says where each
+            one was. Virtual ranks need none: a deadlock is an error at once.
+
+    Returns:
+        What each rank returned, in rank order.
+
+    Raises:
+        DeadlockError: every virtual rank waits for another.
+        MismatchError: virtual ranks take part in different collectives.
+        RuntimeError: it is called inside of a rank, a process died, or ``gpus`` are no GPUs.
+        TimeoutError: a process has not ended in time.
+        TypeError: what a process is to run, or has returned, cannot be sent to another.
+        ValueError: there are no ranks, or a GPU is there twice.
+
+    What else a rank raises ends the others and is raised here: the error of the rank that failed
+    first, with a note that says which.
+    """
+    if Here.place is not None or running.is_in_a_rank():
+        raise RuntimeError("ranks.run() cannot be called inside of a rank: its ranks are all there")
+    if (gpus is None) == (processes is None):
+        raise ValueError("ranks.run(function, gpus) or ranks.run(function, processes=4)")
+    if gpus is None:
+        devices = _of_processes(processes)
+    elif gpus and not any(map(hardware.is_virtual, gpus)):
+        devices = _real(gpus)
+    elif timeout is not None:
+        raise ValueError("a timeout is for processes: a wait in vain on virtual GPUs ends at once")
+    else:
+        return running.run(function, gpus, *args)
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"a timeout is a number of seconds above zero: {timeout!r}")
+    # Imported here, since virtual ranks need no cloudpickle.
+    from course_lib.ranks.processes import calling
+
+    return calling.run(function, devices, args, timeout)
+
+
+def device() -> torch.device:
+    """The device of the rank that asks: its GPU, virtual or real, or the CPU if it has none.
+
+    Raises:
+        RuntimeError: no rank asks.
+    """
+    if Here.place is not None:
+        return Here.place.device
+    return running.device()
+
+
+def _of_processes(count: int | None) -> list[torch.device]:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"processes=4 is how many, a whole number above zero: {count!r}")
+    return hardware.real_gpus(count) or [torch.device("cpu")] * count
+
+
+def _real(gpus: Sequence[torch.device]) -> list[torch.device]:
+    devices = [torch.device(gpu) for gpu in gpus]
+    for each in devices:
+        if each.type != "cuda":
+            raise RuntimeError(
+                f"ranks.run(function, gpus) runs on real or virtual GPUs, and {each} is none: "
+                "take gpus = course_lib.devices(4), or ranks.run(function, processes=4)"
+            )
+        if each.index is None or each.index >= torch.cuda.device_count():
+            raise RuntimeError(f"{each} is no GPU of this machine: take 'cuda:0' and so on")
+    if len(set(devices)) < len(devices):
+        raise ValueError(f"each rank needs a GPU of its own, and one is there twice: {devices}")
+    return devices
