@@ -150,6 +150,13 @@ def test_two_runs_give_the_same_trace(vgpus):
     assert trace() == trace()
 
 
+def test_fewer_gpus_than_before_will_do(vgpus):
+    gpus = course_lib.devices(2)
+    assert ranks.run(lambda: torch.rand(1, device="vgpu").device, gpus) == gpus
+    course_lib.devices(4)
+    torch.vgpu.manual_seed_all(0)  # the generators of all four are still there
+
+
 def test_the_default_device_is_a_thread_s_own(vgpus):
     def work() -> torch.device:
         torch.set_default_device(f"vgpu:{os.environ['RANK']}")

@@ -98,7 +98,8 @@ class ProcessState:
                 "after_host_waited": None,
                 "own device": device,
                 "device generators": [
-                    generator.clone_state() for generator in self.values["device generators"]
+                    generator.clone_state()
+                    for generator in self.values["device generators"][: machine.device_count]
                 ],
                 "environment": environment,
                 "stdout": io.StringIO(),
