@@ -80,7 +80,7 @@ And the processes of ``ranks.run`` from those of ``torchrun``:
 What virtual ranks refuse, in one line: a run inside of a rank, ``course_lib.devices`` and ``trace``
 inside of a rank, GPUs that are shared, receiving from any source, ``split_group``, SyncBatchNorm in
 training. Not tried: context parallelism of PyTorch's own, ``pipeline()`` that traces a model,
-``torch.distributed.checkpoint``, ``torch.compile``, more than eight ranks.
+``torch.compile``, more than eight ranks.
 
 Virtual ranks rest on these names of PyTorch (tried with 2.13), which are private or may change:
 ``torch.distributed.distributed_c10d``: ``_World``, ``_world``, ``_backend``,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from course_lib import hardware
+from course_lib import hardware, tracebacks
 from course_lib.ranks import running
 from course_lib.ranks.processes.place import Here
 
@@ -65,6 +65,7 @@ def run(
         return running.run(function, gpus, *args)
     if timeout is not None and not timeout > 0:
         raise ValueError(f"a timeout is a number of seconds above zero: {timeout!r}")
+    tracebacks.install()
     # Imported here, since virtual ranks need no cloudpickle.
     from course_lib.ranks.processes import calling
 
