@@ -1,6 +1,6 @@
 """Train the course's GPT on one GPU or many, on one machine or several, and go on after a crash.
 
-    torchrun --nproc-per-node 4 examples/train_gpt.py      # on GPUs, or on the CPU if there are none
+    torchrun --nproc-per-node 4 examples/train_gpt.py      # on GPUs, or else on the CPU
     python -m course_lib.ranks 4 examples/train_gpt.py     # on virtual GPUs
     torchrun --nproc-per-node 4 examples/train_gpt.py --engine fsdp
 

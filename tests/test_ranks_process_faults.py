@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from course_lib import ranks
 from course_lib.ranks.processes import calling
+from course_lib.ranks.processes.impatience import interrupts_come_later
 from process_leftovers import assert_usable, nothing_left
 
 needs_signals = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
@@ -242,6 +243,14 @@ def test_an_interrupt_ends_all_ranks_and_says_where_they_were(pipe):
     pipe.wait_for_the_end()
     assert "rank 1 was at test_ranks_process_faults.py:" in caught.value.__notes__[0]
     assert_usable()
+
+
+def test_an_interrupt_at_the_wrong_moment_comes_later():
+    done = []
+    with pytest.raises(KeyboardInterrupt), interrupts_come_later():
+        signal.raise_signal(signal.SIGINT)
+        done.append("cleared up")
+    assert done == ["cleared up"]
 
 
 @needs_signals

@@ -10,7 +10,9 @@ In the order to read it:
 * ``rendezvous``        how ``init_process_group()`` finds the others;
 * ``reports``, ``remote_traceback``  what it returned, or its error with the learner's line;
 * ``process``, ``outcome``  what the caller knows of it, and makes of it;
-* ``whereabouts``       the line at which a rank was stopped.
+* ``whereabouts``       the line at which a rank was stopped;
+* ``checked_collectives``  collectives that differ are named;
+* ``impatience``        Ctrl-C at the wrong moment.
 
 A run leaves nothing behind: its files are in one temporary folder, its processes are stopped when
 the first one fails, and end by themselves when the caller is gone.

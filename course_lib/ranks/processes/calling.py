@@ -13,6 +13,7 @@ import torch
 
 from course_lib.ranks.output import print_in_rank_order
 from course_lib.ranks.processes import outcome
+from course_lib.ranks.processes.impatience import interrupts_come_later
 from course_lib.ranks.processes.job import packed
 from course_lib.ranks.processes.place import Place
 from course_lib.ranks.processes.process import RankProcess
@@ -87,8 +88,9 @@ def _look_until(
 
 def _stop(ranks: Sequence[RankProcess]) -> None:
     """End all: who has returned has nothing left to do either."""
-    for rank in ranks:
-        rank.ask_to_end()
-    deadline = time.monotonic() + _TO_END
-    for rank in ranks:
-        rank.end(deadline)
+    with interrupts_come_later():
+        for rank in ranks:
+            rank.ask_to_end()
+        deadline = time.monotonic() + _TO_END
+        for rank in ranks:
+            rank.end(deadline)

@@ -5,6 +5,7 @@ Rests on ``multiprocessing.forkserver._forkserver._forkserver_address``.
 
 import atexit
 import gc
+import os
 import shutil
 from multiprocessing import forkserver
 from pathlib import Path
@@ -23,8 +24,9 @@ def _remove_socket() -> None:
         shutil.rmtree(Path(address).parent, ignore_errors=True)
 
 
-# A server ends when its caller has, and ranks end without this.
-atexit.register(_remove_socket)
+# Jupyter kills a kernel with all of its group: the server leaves it, to end when its caller has.
+os.setsid()
+atexit.register(_remove_socket)  # not in ranks, which end in another way
 
 # What is there by now is no garbage; looking through it would copy it into each rank's memory.
 gc.collect()

@@ -1,4 +1,7 @@
-"""What the process of a rank does, from its first line to its last."""
+"""What the process of a rank does, from its first line to its last.
+
+Rests on ``multiprocessing.process.BaseProcess._config``.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing import parent_process
+from multiprocessing import current_process, parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TextIO
@@ -33,6 +36,8 @@ def live(place: Place, control: Connection) -> None:
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C is for the caller, who stops the ranks
     _end_with_the_caller(place.folder)
+    # What multiprocessing leaves of a rank that is stopped, such as a DataLoader's.
+    current_process()._config["tempdir"] = str(place.folder)  # type: ignore[attr-defined]
     _redirect_output(place)
     whereabouts.write_when_stopped(place)
     report: reports.Report

@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 from course_lib.ranks.processes import rank_process
+from course_lib.ranks.processes.impatience import interrupts_come_later
 from course_lib.ranks.processes.place import Place
 
 _METHOD = "forkserver" if sys.platform == "linux" else "spawn"
@@ -29,8 +30,12 @@ _one_at_a_time = threading.Lock()
 
 
 def start(process: BaseProcess) -> None:
-    """Start ``process``, made by :func:`made`."""
-    with _one_at_a_time, mock.patch.object(spawn, "get_preparation_data", _without_main):
+    """Start ``process``, made by :func:`made`. Half a start would be a process nobody knows of."""
+    with (
+        interrupts_come_later(),
+        _one_at_a_time,
+        mock.patch.object(spawn, "get_preparation_data", _without_main),
+    ):
         process.start()
 
 

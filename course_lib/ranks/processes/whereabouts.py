@@ -9,10 +9,14 @@ from __future__ import annotations
 import faulthandler
 import re
 import signal
+from pathlib import Path
 
 from course_lib.ranks.processes.place import Place
 from course_lib.ranks.where import line_at
 from course_lib.tracebacks import is_machinery
+
+# Where a rank begins, and where it calls the program.
+_LIVE, _CALL = (str(Path(__file__).with_name(name)) for name in ("rank_process.py", "job.py"))
 
 _LINE = re.compile(r'^  File "(?P<path>.*)", line (?P<number>\d+) in (?P<function>.*)$', re.M)
 
@@ -26,7 +30,11 @@ def write_when_stopped(place: Place) -> None:
 
 def read(place: Place) -> str:
     """The innermost line of the program that the rank was at, in words."""
-    for match in _LINE.finditer(place.printed(place.whereabouts)):
-        if not is_machinery(match["path"]):
+    lines = list(_LINE.finditer(place.printed(place.whereabouts)))  # the innermost first
+    paths = [match["path"] for match in lines]
+    if not paths or (_LIVE in paths and _CALL not in paths):
+        return "was at no line of the program yet"
+    for match in lines:
+        if not is_machinery(match["path"]) and not match["path"].startswith("<frozen"):
             return "was at " + line_at(match["path"], int(match["number"]), match["function"])
-    return "was at no line of the program"
+    return "was at an unknown line"
