@@ -23,7 +23,8 @@ def run(
 
     With virtual ``gpus``, each rank has one of them, and is a thread of this process. With real
     ones, each rank has one of them, and is a process. ``processes=4`` is four processes on whatever
-    the machine has: a GPU for each if there are so many, else the CPU.
+    the machine has: a GPU for each if there are so many, else the CPU. The first call of a program
+    takes some seconds, later ones a fraction of one.
 
     Each rank has what one started by ``torchrun`` has: ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE``
     in its environment, random numbers and groups of its own, its GPU as the current device.
@@ -42,7 +43,7 @@ def run(
 
     Raises:
         DeadlockError: every virtual rank waits for another.
-        MismatchError: virtual ranks take part in different collectives.
+        MismatchError: ranks take part in different collectives.
         RuntimeError: it is called inside of a rank, a process died, or ``gpus`` are no GPUs.
         TimeoutError: a process has not ended in time.
         TypeError: what a process is to run, or has returned, cannot be sent to another.
