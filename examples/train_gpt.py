@@ -9,7 +9,9 @@ Two machines, which must share the folder of the checkpoints (or two launchers o
     torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
         --max-restarts 3 examples/train_gpt.py
 
-``train_gpt.slurm`` beside this file is the same as a job of Slurm.
+``train_gpt.slurm`` beside this file is the same as a job of Slurm. Restarts on the CPU need
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment: without it, gloo finds the addresses of the
+processes before (PyTorch 2.13).
 
 Killed at any moment, it loses the steps since its last checkpoint and nothing else. Started again,
 with as many processes as before, it ends with the same parameters to the bit: the passages and the

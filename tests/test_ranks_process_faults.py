@@ -298,9 +298,11 @@ def test_a_caller_that_is_killed_leaves_no_rank_and_no_file(tmp_path, pipe):
         env={**os.environ, "TMPDIR": str(folder)},
         stdout=subprocess.PIPE,
     )
-    pipe.wait_for(2)
-    assert_usable()
-    caller.kill()
+    try:
+        pipe.wait_for(2)
+        assert_usable()
+    finally:
+        caller.kill()
     pipe.wait_for_the_end()
     caller.communicate()  # until its fork server has ended too
     # torch._dynamo makes a folder for what it compiles, wherever it is imported.

@@ -85,34 +85,59 @@ train_gpt.main()
 """
 
 
+def launched(script: Path, folder: Path, *options: str, count: int = 1) -> str:
+    """What is printed by so many launchers of ``torchrun`` that run ``script`` together."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see the script
+        "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *filter(None, sys.path)]),
+    }
+    program = [str(script), *SMALL, "--checkpoints", str(folder)]
+    launchers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *options, *program],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(count)
+    ]
+    try:
+        said = [launcher.communicate(timeout=200)[0] for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.terminate()  # it stops its workers, if it has not ended
+    assert [launcher.returncode for launcher in launchers] == [0] * count, said
+    return "".join(said)
+
+
+def assert_undisturbed(folder: Path, tmp_path: Path) -> None:
+    """What was trained is what ranks train that nobody disturbs."""
+    ranks.run(trained, None, "ddp", tmp_path / "undisturbed", processes=2)
+    ours, theirs = saved(folder), saved(tmp_path / "undisturbed")
+    assert all(torch.equal(ours[name], parameter) for name, parameter in theirs.items())
+
+
 @needs_signals
-def test_two_launchers_of_torchrun_start_again_after_a_worker_was_killed(tmp_path):
-    """Two nodes on this machine, and rank 1 is killed in its second step."""
+def test_torchrun_starts_again_after_a_worker_was_killed(tmp_path):
+    """Rank 1 is killed in its second step, and all go on from the checkpoint of the first."""
     script = tmp_path / "disturbed.py"
     script.write_text(DISTURBED)
     folder = tmp_path / "checkpoints"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node"]
-    # The launchers meet in a file, so that no port need be free.
-    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", str(tmp_path / "meeting")]
-    conf = ["--rdzv-conf", "store_type=file", "--rdzv-id", "test", "--local-addr", "localhost"]
-    command = [*launcher, "1", *meeting, *conf, "--max-restarts", "1", "--monitor-interval", "0.1"]
-    path = os.pathsep.join([str(EXAMPLES), *filter(None, sys.path)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    options = [*SMALL, "--checkpoints", str(folder)]
-    launchers = [
-        subprocess.Popen(
-            [*command, str(script), *options],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    said = [launcher.communicate() for launcher in launchers]
-    assert [launcher.returncode for launcher in launchers] == [0, 0], said
-    assert "ddp, 2 ranks on cpu, from the checkpoint of step 1" in "".join(out for out, _ in said)
-    ranks.run(trained, None, "ddp", tmp_path / "undisturbed", processes=2)
-    ours, theirs = saved(folder), saved(tmp_path / "undisturbed")
-    for name, parameter in theirs.items():
-        assert torch.equal(ours[name], parameter)
+    options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.1"]
+    said = launched(script, folder, *options)
+    assert "ddp, 2 ranks on cpu, from the checkpoint of step 1" in said
+    assert_undisturbed(folder, tmp_path)
+
+
+def test_it_runs_on_two_nodes(tmp_path):
+    """Two launchers on this machine, who meet in a file, so that no port need be free."""
+    folder, meeting = tmp_path / "checkpoints", tmp_path / "meeting"
+    rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint={meeting}", "--rdzv-id=test"]
+    conf = ["--rdzv-conf=store_type=file", "--local-addr=localhost"]
+    options = ["--nnodes=2", "--nproc-per-node=1", "--monitor-interval=0.1", *rendezvous, *conf]
+    said = launched(SCRIPT, folder, *options, count=2)
+    assert "ddp, 2 ranks on cpu, from the beginning" in said
+    assert_undisturbed(folder, tmp_path)
