@@ -97,8 +97,9 @@ slides: $(STAMP) ## Make a deck for each lesson, to edit and to show, in build/s
 	@$(PIP) install -q python-pptx
 	$(PY) tools/slides.py build/slides
 
-bench: $(STAMP) ## Run the benchmarks
+bench: $(STAMP) ## Run the benchmarks: virtual GPUs, then real processes
 	$(PY) tools/bench_virtual.py
+	$(PY) tools/bench_processes.py
 
 lint: $(STAMP) ## Check style (ruff), arrows between modules (import-linter), types (mypy)
 	@$(LINT)
