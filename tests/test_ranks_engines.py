@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -213,6 +214,34 @@ def test_ddp_sends_gradients_while_backward_computes(vgpus):
         copy for copy in copies for s in computing if s.start < copy.end and copy.start < s.end
     ]
     assert overlaps
+
+
+def test_no_gpu_waits_for_a_bucket_before_the_last_whichever_rank_comes_last():
+    """In each step another rank may come last to a bucket, and its GPU must compute on as well."""
+    gpus = course_lib.devices(N, course_lib.CLASSROOM.with_(launch_overhead=0.0))
+    torch.manual_seed(0)
+    model = GPT(V, context=T, width=64, heads=4, depth=4, tied=False)
+    seconds = []
+
+    def work(cap: float) -> None:
+        dist.init_process_group()
+        engine = DistributedDataParallel(copy.deepcopy(model).to("vgpu"), bucket_cap_mb=cap)
+        x = torch.zeros(32, T, dtype=torch.int64, device="vgpu")
+        for step in range(3):
+            with course_lib.region(f"step {step}"):
+                next_token_loss(engine(x), x).backward()
+
+    for cap in (0.2, 1000):
+        with traced(gpus, lambda cap=cap: work(cap)) as (trace, _):
+            last = [span for span in trace.spans if span.region == "step 2"]
+        seconds.append(max(span.end for span in last) - min(span.start for span in last))
+    overlapped, one_bucket = seconds
+    assert overlapped < 0.92 * one_bucket
+
+
+def test_ddp_prints_nothing_of_its_own(vgpus, capfd):
+    ranks.run(ddp(), vgpus)
+    assert capfd.readouterr().err == ""
 
 
 def test_gradients_in_bfloat16_are_half_the_bytes(vgpus):

@@ -3,7 +3,7 @@
 DTensor keeps, for the whole process, a table of operators that ``loss_parallel`` changes, and what
 it knows of random numbers: each rank has its own. A cache of what operators return would answer
 with a tensor on another rank's GPU, and is left out. DDP asks what pinned memory and which
-version of CUDA there are. SyncBatchNorm needs kernels that the CPU does not have.
+version of CUDA there are, and takes times. SyncBatchNorm needs kernels that the CPU does not have.
 
 Rests on ``DTensor._op_dispatcher._custom_op_handlers``,
 ``torch.distributed.tensor._random._rng_tracker``,
@@ -84,6 +84,20 @@ def _normalize(self: nn.SyncBatchNorm, x: torch.Tensor) -> torch.Tensor:
     return _normalize_anywhere(self, x)
 
 
+class _QuietLogger:
+    """DDP's logger, but for the times: it cannot take those of virtual GPUs, and says so in the
+    middle of what ranks print."""
+
+    def __init__(self, logger: Any) -> None:
+        self._logger = logger
+
+    def set_runtime_stats_and_log(self) -> None:
+        """Nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._logger, name)
+
+
 class _Here(threading.local):
     """Of each rank: whether a model of its looks for parameters that are not used."""
 
@@ -108,6 +122,8 @@ _run_backward_of_any = torch.autograd._engine_run_backward
 
 
 def _forward(self: DistributedDataParallel, *inputs: Any, **kwargs: Any) -> Any:
+    if not isinstance(self.logger, _QuietLogger):
+        self.logger: Any = _QuietLogger(self.logger)
     if self.find_unused_parameters or self.static_graph:
         _here.asks_for_pinned_memory = True
     return _forward_of_any(self, *inputs, **kwargs)

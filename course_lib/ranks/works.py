@@ -88,11 +88,12 @@ class Work(torch.distributed.Work):
         """A future of the outputs.
 
         C++ code waits for it with no thought of the baton, so it is done when it is returned; but
-        asked for by a node of a backward pass, where the rank must not stop if computing is to go
-        on beside, it is done when the pass ends, before whoever asked for it waits.
+        asked for by a node of a backward pass, where neither the rank nor its stream must stop if
+        computing is to go on beside (not even that of the rank that comes last, for which all is
+        over at once), it is done when the pass ends, before whoever asked for it waits.
         """
         future: Future = Future()
-        if self._pending.is_over() or torch._C._current_autograd_node() is None:
+        if torch._C._current_autograd_node() is None:
             self._finish(future)
         else:
             engine = torch.autograd.Variable._execution_engine
