@@ -11,7 +11,15 @@ from functools import cache
 import nbformat
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+)
 from torch.nn import functional as F
 
 import course_lib
@@ -38,6 +46,12 @@ def all_reduce_gradients(replicas: list[nn.Module]) -> None:
 LESSON_NAMES = {
     "torch": torch,
     "nn": nn,
+    "dist": dist,
+    "fully_shard": fully_shard,
+    "Replicate": Replicate,
+    "ColwiseParallel": ColwiseParallel,
+    "PrepareModuleInput": PrepareModuleInput,
+    "RowwiseParallel": RowwiseParallel,
     "F": F,
     "course_lib": course_lib,
     "dist": torch.distributed,

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from course_lib import CLASSROOM, devices, ranks, style
+from course_lib import CLASSROOM, devices, style
 from course_lib.explorers import explorer as explorer_module
 from course_lib.explorers import (
     lesson_00,
@@ -23,6 +24,7 @@ from course_lib.explorers import (
     lesson_09,
     lesson_10,
     lesson_12,
+    lesson_11,
     lesson_14,
     lesson_15,
 )
@@ -43,6 +45,7 @@ ALL = [
     lesson_09.explore_methods,
     lesson_10.explore_circle,
     lesson_12.explore_nodes,
+    lesson_11.explore_buckets,
     lesson_14.explore_plans,
     lesson_15.explore_broken,
 ]
@@ -214,3 +217,12 @@ def test_the_circle_is_a_deadlock_if_all_send_first_and_takes_the_rounds_of_its_
         for count, rounds in ((4, even), (5, odd)):
             seconds = lesson_10.pass_on(lesson_10.WAYS[way], count, 1000).seconds
             assert seconds / message == pytest.approx(rounds, rel=0.01)
+
+
+def test_a_bucket_for_all_is_slower_and_small_ones_pay_their_latency() -> None:
+    def milliseconds(latency: float, megabytes: float) -> float:
+        spec = CLASSROOM.with_(launch_overhead=0.0, latency=latency)
+        return lesson_11.seconds_of_a_step(32, 2, spec, megabytes) * 1e3
+
+    assert milliseconds(2.5e-6, 0.02) < 0.97 * milliseconds(2.5e-6, 25)
+    assert milliseconds(4e-4, 0.02) > 1.03 * milliseconds(4e-4, 25)

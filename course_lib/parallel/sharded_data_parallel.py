@@ -192,6 +192,13 @@ class Sharded:
             if self.stage >= 2 or not self._accumulates:
                 self._exchange.sum_gradients(unit)
 
+    def join(self) -> None:
+        """Let what the devices do from now on wait for all exchanges.
+
+        To be called before anything else reads or changes the units' gradients.
+        """
+        self._exchange.join()
+
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale all gradients so that the norm of the whole model's is at most ``max_norm``.
 
