@@ -545,3 +545,36 @@ def test_lesson_10_and_by_hand_run_an_mlp_to_the_same_bits(lesson_10) -> None:
     ours = lesson_10.on_ranks(run, lesson_10.NeuronsOfRank)
     theirs = lesson_10.on_ranks(run, lambda mlp: by_hand_tensor_parallel.NeuronsOfRank(mlp, "vgpu"))
     assert equal_on_all_ranks(ours, theirs)
+
+
+def test_lesson_11_puts_engines_and_code_by_hand_on_one_ruler() -> None:
+    lesson = definitions(
+        "11_pytorchs_engines.ipynb",
+        *("model", "whole", "ruler", "ddp", "ddp-hand", "fsdp", "fsdp-hand", "hsdp", "hsdp-hand"),
+        *("split-attention", "plan", "tensor-hand", "tensor-prepare", "pipeline", "pipeline-hand"),
+    )
+    P, rows = lesson.P, lesson.rows
+    pairs = {
+        "DDP": "buckets by hand",
+        "FSDP2": "stage 3 by hand",
+        "HSDP 2 x 2": "hybrid by hand",
+        "DTensor": "tensor by hand",
+        "Schedule1F1B": "1F1B by hand",
+    }
+    assert set(rows) == {*pairs, *pairs.values()}
+    assert all(row.apart < 1e-7 for row in rows.values())
+    more = {
+        engine: (rows[engine].sent - rows[hand].sent, rows[engine].peak - rows[hand].peak)
+        for engine, hand in pairs.items()
+    }
+    head = sum(parameter.nbytes for parameter in lesson.gpt[-1].parameters())
+    assert more["DDP"] == (0, head)
+    assert more["FSDP2"][0] == more["HSDP 2 x 2"][0] == more["Schedule1F1B"][0] == 0
+    assert more["DTensor"][0] == -lesson.ids - lesson.largest
+    assert more["Schedule1F1B"][1] == lesson.activation
+    for engine, hand in pairs.items():
+        assert rows[engine].peak == pytest.approx(rows[hand].peak, rel=0.1)
+        assert rows[engine].seconds == pytest.approx(rows[hand].seconds, rel=0.15)
+    sent = [rows[engine].sent for engine in list(pairs)[:3]]
+    assert sent == [1.5 * P, 2.25 * P, 2 * P]
+    assert lesson.plain.sent - rows["DTensor"].sent == 8 * lesson.one

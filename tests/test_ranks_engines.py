@@ -411,6 +411,22 @@ def test_fsdp_holds_a_part_of_the_model(vgpus):
         assert after <= 1.6 * before
 
 
+def test_to_gather_a_layer_takes_a_row_and_its_parameters(vgpus):
+    """And no copy of the row: the operator that fills it returns parts of what it is given."""
+
+    def gather() -> list[int]:
+        dist.init_process_group()
+        model: Any = shard_all(gpt())
+        before = torch.vgpu.memory_allocated()
+        torch.vgpu.reset_peak_memory_stats()
+        model[1].unshard()
+        taken = torch.vgpu.max_memory_allocated(), torch.vgpu.memory_allocated()
+        return [each - before for each in taken]
+
+    layer = nbytes_of(gpt()[1])
+    assert ranks.run(gather, vgpus) == [[2 * layer, layer]] * N
+
+
 # ---------------------------------------------------------------------- tensor parallelism
 
 

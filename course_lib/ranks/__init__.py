@@ -94,7 +94,7 @@ and ``_engine_run_backward``; ``ReduceOp.__getstate__``;
 ``FakeTensorMode._cached_dispatch_impl``,
 ``DistributedDataParallel._check_comm_hook``, and its ``forward``, as ``SyncBatchNorm``'s, is
 replaced while ranks run; ``distributed_c10d._resolve_process_group``, the operators of
-``_c10d_functional`` and ``AsyncCollectiveTensor``; ``torch.utils._python_dispatch``'s
+``_c10d_functional`` and ``fsdp.all_gather_copy_in``, ``AsyncCollectiveTensor``; ``torch.utils._python_dispatch``'s
 ``TorchDispatchMode``; and of Python ``os.environ._data``.
 """
 

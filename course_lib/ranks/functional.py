@@ -4,7 +4,11 @@ DTensor and tensor parallelism call them. In C++ they would reach the numbers in
 tensors, past every meter; so each is run here, on the rank's process group. The work that a result
 waits for stays with its memory until somebody waits.
 
-Rests on the operators ``torch.ops._c10d_functional`` and ``_resolve_process_group``.
+FSDP2's own operator is here as well: the tensors that it returns are parts of one that it is given,
+which its schema does not say.
+
+Rests on the operators ``torch.ops._c10d_functional``, ``torch.ops.fsdp.all_gather_copy_in`` and
+``_resolve_process_group``.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp  # defines its operators
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
@@ -150,6 +155,15 @@ def _refuse(operator: Operator, args: tuple, kwargs: dict) -> Any:
         f"ranks on virtual GPUs cannot run the operator {operator.name}: call torch.distributed's "
         "own isend, irecv and batch_isend_irecv"
     )
+
+
+@runs(torch.ops.fsdp.all_gather_copy_in.default)
+def _copy_in(operator: Operator, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
+    """As its kernel for CUDA: a rank's shards, one after the other, to its place in the whole."""
+    shards, whole, sizes, numel, rank = args
+    mine = whole.narrow(0, numel * rank, numel)
+    torch._foreach_copy_(torch.split(mine, sizes), shards)
+    return mine, whole
 
 
 def _copy(tensor: VirtualTensor) -> Tensor:
