@@ -64,7 +64,9 @@ def _sent(t: timeline.Trace, region: str) -> int:
 
 
 def _same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
-    return all(torch.allclose(*pair, rtol=1e-3, atol=1e-5) for pair in zip(ours, theirs, strict=True))
+    return all(
+        torch.allclose(*pair, rtol=1e-3, atol=1e-5) for pair in zip(ours, theirs, strict=True)
+    )
 
 
 # ---------------------------------------------------------------------- 1. a guard
@@ -115,7 +117,9 @@ def check_untrained(untrained: Callable[[nn.Module, torch.optim.Optimizer], Any]
     for (case, wanted), ours in zip(expected.items(), answers, strict=True):
         _judge_names(case, wanted, ours)
     if _sent(t, "answer"):
-        raise Wrong("the names are right, and bytes were sent: look at the objects, not at numbers.")
+        raise Wrong(
+            "the names are right, and bytes were sent: look at the objects, not at numbers."
+        )
     return right("it names what the optimizer does not have, and sends nothing.")
 
 
@@ -232,7 +236,7 @@ def check_plan(plan: Callable[[], Any]) -> Verdict:
     (out := alone(inputs)).backward(gradient)
     wanted = [out.detach(), *(each.grad for each in (inputs, *alone.parameters()))]
     for rank, (values, _) in enumerate(returned):
-        _judge_values(rank, values, wanted, facts)  # type: ignore[arg-type]  # all have gradients
+        _judge_values(rank, values, wanted, facts)
     if returned[0][1] > 1.1 * matrices / 4:
         raise Wrong("the result is right, and some weights are whole on every GPU.", facts)
     if sums[0] > 2.01:
@@ -271,16 +275,14 @@ def _run_plan(
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
         said = (str(error).splitlines() or [""])[0]
-        raise Wrong(
-            f"with this plan the block stops with {type(error).__name__}: {said}"
-        ) from None
+        raise Wrong(f"with this plan the block stops with {type(error).__name__}: {said}") from None
     held = sum(
         (p.to_local() if isinstance(p, DTensor) else p).nbytes
         for p in model.parameters()
         if p.dim() == 2
     )
     values = [out.detach(), x.grad, *(parameter.grad for parameter in model.parameters())]
-    return [(v.full_tensor() if isinstance(v, DTensor) else v).cpu() for v in values], held  # type: ignore[union-attr]
+    return [(v.full_tensor() if isinstance(v, DTensor) else v).cpu() for v in values], held
 
 
 def _judge_values(rank: int, values: list[Tensor], wanted: list[Tensor], facts: Facts) -> None:
@@ -430,7 +432,8 @@ def check_collect(collect: Callable[[nn.Module], Any]) -> Verdict:
     nbytes = _nbytes(gpt)
     sent, peak = _sent(t, "answer"), max(more for _, more in returned) / largest
     to_host = sum(
-        span.bytes for span in t.spans
+        span.bytes
+        for span in t.spans
         if span.region == "answer" and span.route and span.route[1] is None
     )
     facts = [
@@ -470,7 +473,7 @@ def _judge_collected(found: list[Any], gpt: nn.Module, facts: Facts) -> None:
             raise Wrong(f"{name} should be a tensor on the host.", facts)
         if ours.shape != parameter.shape:
             raise Wrong(
-                f"{name} has shape {tuple(ours.shape)}, and the whole has {tuple(parameter.shape)}.",
+                f"{name} has shape {tuple(ours.shape)}, and the whole {tuple(parameter.shape)}.",
                 facts,
             )
         if not torch.equal(ours, parameter.detach()):

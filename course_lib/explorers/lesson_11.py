@@ -60,8 +60,7 @@ def seconds_of_a_step(width: int, count: int, spec: Spec, megabytes: float) -> f
             with region(f"step {step}"):
                 next_token_loss(model(tokens), tokens).backward()
 
-    with hardware.fresh_devices(count, spec) as gpus:
-        with timeline.trace() as t:
-            ranks.run(train, gpus)
+    with hardware.fresh_devices(count, spec) as gpus, timeline.trace() as t:
+        ranks.run(train, gpus)
     last = [span for span in t.spans if span.region == "step 1"]
     return max(span.end for span in last) - min(span.start for span in last)

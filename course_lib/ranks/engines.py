@@ -121,9 +121,9 @@ _forward_of_any = DistributedDataParallel.forward
 _run_backward_of_any = torch.autograd._engine_run_backward
 
 
-def _forward(self: DistributedDataParallel, *inputs: Any, **kwargs: Any) -> Any:
+def _forward(self: Any, *inputs: Any, **kwargs: Any) -> Any:
     if not isinstance(self.logger, _QuietLogger):
-        self.logger: Any = _QuietLogger(self.logger)
+        self.logger = _QuietLogger(self.logger)
     if self.find_unused_parameters or self.static_graph:
         _here.asks_for_pinned_memory = True
     return _forward_of_any(self, *inputs, **kwargs)

@@ -382,7 +382,7 @@ def left_on_the_gpu(model):
     return {} if dist.get_rank() else found
 
 
-@COLLECT.wrong("has shape", "and the whole has")
+@COLLECT.wrong("has shape", "and the whole")
 def its_own_shards(model):
     found = {name: p.detach().to_local().cpu() for name, p in model.named_parameters()}
     return {} if dist.get_rank() else found
