@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import gc
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 
 import course_lib
 from course_lib import ranks
@@ -66,6 +68,25 @@ def test_two_sends_that_wait_for_each_other_are_a_deadlock(vgpus):
 
     with pytest.raises(ranks.DeadlockError, match="a send to rank 1, which has posted no receive"):
         ranks.run(both_send, vgpus[:2])
+    assert_usable(vgpus)
+
+
+def test_ranks_that_differ_inside_of_a_backward_pass_are_named(vgpus):
+    """The error goes up through C++, which may lose it."""
+
+    def only_rank_1_sums() -> None:
+        dist.init_process_group()
+        model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(2)))
+        for layer in model:
+            fully_shard(layer)
+        sharded = fully_shard(model)
+        sharded.set_requires_gradient_sync(rank_here() == 1)
+        sharded(torch.ones(2, 4, device="vgpu")).sum().backward()
+        dist.all_reduce(torch.ones(1, device="vgpu"))
+
+    with pytest.raises(ranks.MismatchError, match="reduce_scatter_single"):
+        ranks.run(only_rank_1_sums, vgpus[:2])
+    gc.collect()  # a sharded model and its hooks refer to each other
     assert_usable(vgpus)
 
 

@@ -45,6 +45,8 @@ class Runner:
 
     Attributes:
         wait: what it waits for; ``None`` if it can go on.
+        fault: what this package raised in it. In a backward pass the way up is through C++, which
+            may lose an error and say ``SystemError`` instead.
         error: what ended it, if it was not the end of its work.
     """
 
@@ -57,6 +59,7 @@ class Runner:
     ) -> None:
         self.rank, self.work, self.enter, self.leave = rank, work, enter, leave
         self.wait: Wait | None = None
+        self.fault: BaseException | None = None
         self.error: BaseException | None = None
         self.has_ended = False
         self.turn = threading.Lock()  # taken until it is this one's turn
@@ -71,6 +74,9 @@ class Runner:
                 self.work()
             except RankStopped:
                 pass
+            except SystemError as error:
+                self.error = self.fault or error
+                self.baton.note_failure(self)
             except BaseException as error:
                 self.error = error
                 self.baton.note_failure(self)
@@ -138,7 +144,8 @@ class Baton:
         runner.wait = None
         if self._deadlock is not None:
             message, self._deadlock = self._deadlock, None
-            raise DeadlockError(message)
+            runner.fault = DeadlockError(message)
+            raise runner.fault
         if self.is_stopping:
             raise RankStopped
 

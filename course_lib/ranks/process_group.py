@@ -17,6 +17,7 @@ from torch.distributed import ReduceOp
 
 from course_lib.ranks import calls
 from course_lib.ranks.calls import Call
+from course_lib.ranks.errors import MismatchError
 from course_lib.ranks.group_identity import GroupIdentity
 from course_lib.ranks.meetings import Communicator, Part
 from course_lib.ranks.point_to_point import RECEIVE, SEND, Exchange
@@ -232,7 +233,11 @@ class RankGroup(GroupIdentity):
 
     def _meet(self, call: Call, outputs: list[Tensor], blocks_host: bool = False) -> dist.Work:
         call.line = line_here()
-        meeting, number = self._communicator.arrive(self._rank, call)
+        try:
+            meeting, number = self._communicator.arrive(self._rank, call)
+        except MismatchError as error:
+            self._run.note_fault(error)
+            raise
         part = Part(self._communicator, meeting, self._rank, call.name, number)
         return self._made(part, outputs, blocks_host)
 

@@ -131,6 +131,11 @@ class Run:
             mine[:] = [each for each in mine if not each.is_over()]
             mine.append(pending)
 
+    def note_fault(self, error: BaseException) -> None:
+        """Note what the rank that runs is about to raise, in case C++ loses it."""
+        assert self.baton.holder is not None
+        self.baton.holder.fault = error
+
     def finish_pending(self) -> None:
         """Let the rank that runs wait for all that it has begun."""
         mine = self._pending[self.rank]
@@ -173,7 +178,7 @@ class Run:
         first = self.baton.first_to_fail
         error = first.error if first is not None else None
         for runner in self.baton.runners:
-            runner.error = None
+            runner.error = runner.fault = None
         if first is None or error is None:
             return
         error.add_note(f"(rank {first.rank} of {len(self.gpus)} failed first)")
