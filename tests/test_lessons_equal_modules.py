@@ -550,7 +550,8 @@ def test_lesson_10_and_by_hand_run_an_mlp_to_the_same_bits(lesson_10) -> None:
 def test_lesson_11_puts_engines_and_code_by_hand_on_one_ruler() -> None:
     lesson = definitions(
         "11_pytorchs_engines.ipynb",
-        *("model", "whole", "ruler", "ddp", "ddp-hand", "ddp-why", "fsdp", "fsdp-hand", "hsdp"),
+        *("guess-monday", "guess-hsdp", "model", "whole", "ruler", "ddp", "ddp-hand", "ddp-why"),
+        *("fsdp", "fsdp-hand", "hsdp"),
         *("hsdp-hand", "split-attention", "plan", "tensor-hand", "tensor-prepare", "pipeline"),
         "pipeline-hand",
     )
