@@ -11,7 +11,6 @@ from functools import cache
 import nbformat
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
@@ -46,7 +45,6 @@ def all_reduce_gradients(replicas: list[nn.Module]) -> None:
 LESSON_NAMES = {
     "torch": torch,
     "nn": nn,
-    "dist": dist,
     "fully_shard": fully_shard,
     "Replicate": Replicate,
     "ColwiseParallel": ColwiseParallel,

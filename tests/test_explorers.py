@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from course_lib import CLASSROOM, devices, ranks, style
-from course_lib import CLASSROOM, devices, style
 from course_lib.explorers import explorer as explorer_module
 from course_lib.explorers import (
     lesson_00,
@@ -23,8 +22,8 @@ from course_lib.explorers import (
     lesson_08,
     lesson_09,
     lesson_10,
-    lesson_12,
     lesson_11,
+    lesson_12,
     lesson_14,
     lesson_15,
 )
@@ -44,8 +43,8 @@ ALL = [
     lesson_08.explore_sharding,
     lesson_09.explore_methods,
     lesson_10.explore_circle,
-    lesson_12.explore_nodes,
     lesson_11.explore_buckets,
+    lesson_12.explore_nodes,
     lesson_14.explore_plans,
     lesson_15.explore_broken,
 ]

@@ -149,7 +149,7 @@ def a_layer_twice(model):
         fully_shard(layer)
 
 
-@FIT.wrong("with 4 ranks", "all_gather")
+@FIT.wrong("is not the same one everywhere", "all_gather")
 def rank_0_alone(model):
     if dist.get_rank() == 0:
         next(iter(model.parameters()))
@@ -230,7 +230,7 @@ def no_return():
     columns_and_rows()
 
 
-@PLAN.wrong("with 4 ranks", "is not the same one everywhere", "barrier")
+@PLAN.wrong("is not the same one everywhere", "barrier")
 def rank_0_waits():
     if dist.get_rank() == 0:
         dist.barrier()
@@ -325,7 +325,7 @@ def without_a_step(model, optimizer, microbatches, loss_function):
     accumulate_with(model, optimizer, microbatches, loss_function, last, step=False)
 
 
-@ACCUMULATE.wrong("with 2 ranks", "is not the same one everywhere", "reduce_scatter")
+@ACCUMULATE.wrong("is not the same one everywhere", "reduce_scatter")
 def rank_0_sums_alone(model, optimizer, microbatches, loss_function):
     def once(number, count):
         return last(number, count) and dist.get_rank() == 0
@@ -352,7 +352,7 @@ def pytorchs_own(model):
     return get_model_state_dict(model, options=options)
 
 
-@COLLECT.wrong("with 2 ranks", "a deadlock: rank 0 waits in all_gather")
+@COLLECT.wrong("a deadlock: rank 0 waits in all_gather")
 def rank_0_alone_gathers(model):
     if dist.get_rank() == 0:
         return {name: p.detach().full_tensor().cpu() for name, p in model.named_parameters()}
@@ -393,7 +393,7 @@ def the_state_dict_itself(model):
     return {} if dist.get_rank() else model.state_dict()
 
 
-@COLLECT.wrong("with 2 ranks", "all_gather")
+@COLLECT.wrong("is not the same one everywhere", "all_gather")
 def each_in_another_order(model):
     named = list(model.named_parameters())
     found = {}
