@@ -92,9 +92,11 @@ Virtual ranks rest on these names of PyTorch (tried with 2.13), which are privat
 and ``_engine_run_backward``; ``ReduceOp.__getstate__``;
 ``DTensor._op_dispatcher._custom_op_handlers``, ``torch.distributed.tensor._random._rng_tracker``,
 ``FakeTensorMode._cached_dispatch_impl``,
-``DistributedDataParallel._check_comm_hook``, and its ``forward``, as ``SyncBatchNorm``'s, is
+``DistributedDataParallel``'s ``_check_comm_hook`` and ``logger``, and its ``forward``, as
+``SyncBatchNorm``'s, is
 replaced while ranks run; ``distributed_c10d._resolve_process_group``, the operators of
-``_c10d_functional`` and ``fsdp.all_gather_copy_in``, ``AsyncCollectiveTensor``; ``torch.utils._python_dispatch``'s
+``_c10d_functional`` and ``fsdp.all_gather_copy_in``, ``AsyncCollectiveTensor``;
+``torch.utils._python_dispatch``'s
 ``TorchDispatchMode``; and of Python ``os.environ._data``.
 """
 
