@@ -7,8 +7,9 @@ from drawing import BACKWARD, FORWARD, GRADIENT, GREY, OPTIMIZER, ORANGE, SOFT, 
 STEP = 118  # pixels that the mean of many examples' gradients goes
 # By how many degrees an example's gradient points beside the true one, and how long it is.
 EXAMPLES = [
-    (-48, 0.8), (30, 1.3), (-16, 1.2), (70, 0.6), (-34, 1.3), (19, 1.0), (-76, 0.5), (52, 0.75), (-4, 1.4)
-]  # fmt: skip
+    *((-48, 0.8), (30, 1.3), (-16, 1.2), (70, 0.6), (-34, 1.3)),
+    *((19, 1.0), (-76, 0.5), (52, 0.75), (-4, 1.4)),
+]
 ROWS = [("few examples", EXAMPLES[:1] + EXAMPLES[2:3]), ("more examples", EXAMPLES)]
 
 

@@ -23,6 +23,7 @@ from course_lib.explorers import (
     lesson_09,
     lesson_10,
     lesson_12,
+    lesson_13,
     lesson_14,
     lesson_15,
 )
@@ -43,6 +44,7 @@ ALL = [
     lesson_09.explore_methods,
     lesson_10.explore_circle,
     lesson_12.explore_nodes,
+    lesson_13.explore_batches,
     lesson_14.explore_plans,
     lesson_15.explore_broken,
 ]
@@ -54,6 +56,7 @@ EXPLORERS = [
     lesson_08.explore_sharding,
     lesson_10.explore_circle,
     lesson_12.explore_nodes,
+    lesson_13.explore_batches,
     lesson_14.explore_plans,
     lesson_15.explore_broken,
 ]

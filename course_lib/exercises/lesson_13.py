@@ -212,7 +212,7 @@ def _judge_noise(
     ours: list[float], before: list[Tensor], mean: Tensor, shard: int, case: str, facts: Facts
 ) -> None:
     count = len(before)
-    small = sum(row.square().sum() for row in before).item() / count
+    small = sum(row.square().sum().item() for row in before) / count
     large = mean.square().sum().item()
     variance = (small - large) / (1 / shard - 1 / (shard * count))
     signal = large - variance / (shard * count)
@@ -231,7 +231,7 @@ def _judge_noise(
     own = before[0].square().sum().item()
     of_own = (own - large) / (1 / shard - 1 / (shard * count))
     of_norms = (small**0.5 - large**0.5) / (1 / shard - 1 / (shard * count))
-    mean_norm = (sum(row.norm() for row in before).item() / count) ** 2
+    mean_norm = (sum(row.norm().item() for row in before) / count) ** 2
     of_mean_norm = (mean_norm - large) / (1 / shard - 1 / (shard * count))
     per_gpu = (small - large) / (1 - 1 / count)
     sized = {
@@ -240,7 +240,7 @@ def _judge_noise(
             large,
             variance,
         ],
-        "this takes the norm of GPU 0's gradient for all: the mean over the GPUs is less noisy.": [
+        "this takes the norm of GPU 0 for all: the mean over the GPUs is less noisy.": [
             large - of_own / (shard * count),
             of_own,
         ],
@@ -261,7 +261,7 @@ def _judge_noise(
         if not (shard == 1 and pair[1] == per_gpu)
     }
     raise Wrong(
-        f"{case}: |G|² = {signal:.4g} and V = {variance:.4g} are right, and yours are {ours[0]:.4g} "
+        f"{case}: |G|² = {signal:.4g} and V = {variance:.4g} are right; yours are {ours[0]:.4g} "
         f"and {ours[1]:.4g}.{known_mistake(same, wrong)}",
         facts,
     )

@@ -8,8 +8,8 @@ one measures is, on average::
 
 Two batch sizes make two equations, and give |G|² and V. Their ratio, V / |G|², is the *simple noise
 scale* of McCandlish and others, "An empirical model of large-batch training" (2018): at a batch of
-that size, noise and gradient are equally large. In data parallelism both norms cost next to nothing:
-each device has the gradient of a small batch before the all-reduce, and that of a large one after.
+that size, noise and gradient are equally long. In data parallelism both norms cost next to nothing:
+each device has the gradient of a small batch before the all-reduce, and of a large one after it.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ ADAM_RATES = (0.002, 0.004, 0.008, 0.016)
 
 GIVE_UP = 120  # a run whose loss is still above 2 after so many steps learns nothing
 
-# What joins the GPUs: the links of one node, or a network between nodes of one GPU each. Copies are
-# the only thing that takes the host's time: a launch would be paid by one host for all GPUs in turn.
+# What joins the GPUs: the links of one node, or a network between nodes of one GPU each. A launch
+# takes no time: one host would pay for those of all GPUs in turn.
 SPEC = CLASSROOM.with_(launch_overhead=0.0)
 LINKS: dict[str, Network | None] = {
     "NVLink": None,
@@ -49,7 +49,7 @@ def _images() -> Digits:
 
 
 def convolutional(seed: int) -> nn.Sequential:
-    """A small convolutional model for the digits: 6,138 parameters, each used at 16 to 64 places."""
+    """A small convolutional model for the digits, of 6,138 parameters."""
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Unflatten(1, (1, 8, 8)),

@@ -237,7 +237,7 @@ def the_noise_left_in(rows, shard):
     return after, solved(shard, len(rows), before, after)[1]
 
 
-@NOISE.wrong("the norm of GPU 0's gradient for all")
+@NOISE.wrong("the norm of GPU 0 for all")
 def the_first_for_all(rows, shard):
     before = norms(rows)[0]
     return solved(shard, len(rows), before, averaged(rows))
