@@ -26,7 +26,7 @@ from course_lib.parallel.sampling import batch_indices
 TARGET = 0.3  # the held-out loss to reach
 PERIOD = 8  # steps from meeting to meeting, for the methods that train locally
 SGD_RATES = (0.05, 0.1, 0.2, 0.4, 0.8)
-ADAM_RATES = (0.002, 0.004, 0.008, 0.016)
+ADAM_RATES = (0.004, 0.008, 0.016, 0.032)
 
 GIVE_UP = 120  # a run whose loss is still above 2 after so many steps learns nothing
 
