@@ -38,6 +38,17 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
 }
 _LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
+_PAGES_BELOW = """
+## Pages in this part
+
+```{toctree}
+:glob:
+:maxdepth: 1
+
+*
+*/*
+```
+"""
 _IMPORT = re.compile(r"from course_lib\.explorers\.lesson_\w+ import (explore_\w+)")
 
 
@@ -63,7 +74,9 @@ def place_of(path: Path) -> str:
         return PAGES[name]
     if name.startswith(("notebooks/", "images/")):
         return name
-    return name.removeprefix("docs/") if name.startswith("docs/") else f"files/{name}"
+    if name.startswith("docs/"):
+        return name.removeprefix("docs/").replace("/README.md", "/index.md")
+    return f"files/{name}"
 
 
 def relinked(text: str, path: Path, folder: Path) -> str:
@@ -72,6 +85,8 @@ def relinked(text: str, path: Path, folder: Path) -> str:
 
     def moved(link: re.Match) -> str:
         target = Path(os.path.normpath(path.parent / link[2]))
+        if target.is_dir() and target.is_relative_to(ROOT / "docs"):
+            return f"{link[1]}#pages-in-this-part{link[3]}"
         if not target.is_file() or not target.is_relative_to(ROOT):
             return link[0]
         place = place_of(target)
@@ -97,6 +112,9 @@ def _stage_page(path: Path, folder: Path) -> None:
     )
     if "<!-- map -->" in text:
         text = text.replace("<!-- map -->", _map())
+        text = text.replace("<!-- other pages -->", "\n".join(_pages_not_in(text)))
+    if path.name == "README.md":
+        text += _PAGES_BELOW
     if path == formulas.PAGE:
         text = formulas.drawn(text)
     if path.name == "glossary.md":
@@ -104,6 +122,14 @@ def _stage_page(path: Path, folder: Path) -> None:
     target = folder / place_of(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text, encoding="utf-8")
+
+
+def _pages_not_in(front: str) -> list[str]:
+    """What the front page does not list by itself: a page of docs/, and a folder's first page."""
+    docs = ROOT / "docs"
+    pages = [page.stem for page in docs.glob("*.md")]
+    pages += [f"{page.parent.name}/index" for page in docs.glob("*/README.md")]
+    return sorted(page for page in pages if page != "index" and f"\n{page}\n" not in front)
 
 
 def readme_section(title: str) -> str:
