@@ -39,7 +39,7 @@ autodoc_class_signature = "separated"
 add_module_names = False
 python_maximum_signature_line_length = 88
 # A type that is only imported for the checker, and a module's attribute without its words.
-suppress_warnings = ["sphinx_autodoc_typehints", "autodoc.import_object", "ref.python", "toc.empty_glob"]
+suppress_warnings = ["sphinx_autodoc_typehints", "autodoc.import_object", "ref.python"]
 
 html_theme = "furo"
 html_title = project

@@ -7,6 +7,7 @@ of the course, comments and docstrings aside. ``python tools/explorer_frames.py 
 from __future__ import annotations
 
 import ast
+import gc
 import hashlib
 import importlib
 import io
@@ -212,6 +213,8 @@ def renew(name: str, make: Callable[[], Explorer]) -> None:
 def main(names: list[str]) -> None:
     matplotlib.use("agg")
     known = makers()
+    gc.collect()
+    gc.freeze()  # each measurement's fresh devices collect garbage: not among all that was imported
     for name in names or known:
         renew(name, known[name])
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Points of the drawing.
-_WIDTH, _BOX, _HEIGHT, _GAP = 760, 176, 50, 34
+_WIDTH, _BOX, _HEIGHT, _GAP = 760, 216, 50, 34
+_ABREAST = 3  # boxes in a row
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,14 @@ def rows_of(lessons: Sequence[Lesson]) -> list[list[Lesson]]:
 def as_svg(lessons: Sequence[Lesson]) -> str:
     """A drawing of boxes that are links, and arrows; no line of it is blank."""
     places: dict[str, tuple[float, float]] = {}
-    rows = rows_of(lessons)
+    rows = [
+        row[start : start + _ABREAST]
+        for row in rows_of(lessons)
+        for start in range(0, len(row), _ABREAST)
+    ]
     for depth, row in enumerate(rows):
         for place, lesson in enumerate(row):
-            x = _WIDTH * (place + 1) / (len(row) + 1) - _BOX / 2
+            x = _WIDTH * (place + 0.5) / len(row) - _BOX / 2
             places[lesson.number] = x, depth * (_HEIGHT + _GAP) + 4
     arrows = [
         _arrow(places[need], places[number])
@@ -117,15 +122,17 @@ def as_svg(lessons: Sequence[Lesson]) -> str:
 
 
 def _arrow(start: tuple[float, float], end: tuple[float, float]) -> str:
+    """Straight down to the gap above the lower box, so as to pass beside others, then into it."""
     x, y = start[0] + _BOX / 2, start[1] + _HEIGHT
     to_x, to_y = end[0] + _BOX / 2, end[1]
-    middle = (y + to_y) / 2
-    curve = f"M{x:g} {y:g}C{x:g} {middle:g} {to_x:g} {middle:g} {to_x:g} {to_y:g}"
+    bend, middle = to_y - _GAP, to_y - _GAP / 2
+    curve = f"M{x:g} {y:g}V{bend:g}C{x:g} {middle:g} {to_x:g} {middle:g} {to_x:g} {to_y:g}"
     return f'<path class="arrow" d="{curve}"/>'
 
 
 def _box(lesson: Lesson, x: float, y: float) -> str:
     title = lesson.title.removesuffix(" by hand").removeprefix("The ")
+    title = title[0].upper() + title[1:]
     return (
         f'<a href="notebooks/{lesson.name}.html"><title>{html.escape(lesson.title)}</title>'
         f'<rect x="{x:g}" y="{y:g}" width="{_BOX}" height="{_HEIGHT}" rx="6"/>'

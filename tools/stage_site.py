@@ -38,17 +38,6 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
 }
 _LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
-_PAGES_BELOW = """
-## Pages in this part
-
-```{toctree}
-:glob:
-:maxdepth: 1
-
-*
-*/*
-```
-"""
 _IMPORT = re.compile(r"from course_lib\.explorers\.lesson_\w+ import (explore_\w+)")
 
 
@@ -114,7 +103,7 @@ def _stage_page(path: Path, folder: Path) -> None:
         text = text.replace("<!-- map -->", _map())
         text = text.replace("<!-- other pages -->", "\n".join(_pages_not_in(text)))
     if path.name == "README.md":
-        text += _PAGES_BELOW
+        text += _pages_below(path.parent)
     if path == formulas.PAGE:
         text = formulas.drawn(text)
     if path.name == "glossary.md":
@@ -130,6 +119,15 @@ def _pages_not_in(front: str) -> list[str]:
     pages = [page.stem for page in docs.glob("*.md")]
     pages += [f"{page.parent.name}/index" for page in docs.glob("*/README.md")]
     return sorted(page for page in pages if page != "index" and f"\n{page}\n" not in front)
+
+
+def _pages_below(folder: Path) -> str:
+    """The list of the pages in a folder of docs/, which its first page ends with."""
+    pages = sorted(folder.rglob("*.md"))
+    names = [each.relative_to(folder).with_suffix("").as_posix() for each in pages]
+    listed = "\n".join(name for name in names if name != "README")
+    heading = "## Pages in this part"
+    return f"\n{heading}\n\n```{{toctree}}\n:maxdepth: 1\n\n{listed}\n```\n" if listed else ""
 
 
 def readme_section(title: str) -> str:
@@ -171,6 +169,8 @@ def _stage_lesson(path: Path, folder: Path) -> None:
     cells = []
     for index, cell in enumerate(notebook.cells):
         cells.append(cell)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
         if cell.cell_type == "markdown":
             cell.source = relinked(cell.source, path, folder)
             if index:  # a page has one title
@@ -185,6 +185,11 @@ def _stage_lesson(path: Path, folder: Path) -> None:
     target = folder / place_of(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, target)
+
+
+def _is_progress(output: NotebookNode) -> bool:
+    """A bar that a run left behind, at nothing done."""
+    return bool(re.match(r" *0%\|", output.get("data", {}).get("text/plain", "")))
 
 
 def _sliders(cell: NotebookNode) -> NotebookNode | None:

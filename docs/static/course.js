@@ -46,7 +46,7 @@
         ? { id, type: "checkbox" }
         : { id, type: "range", min: 0, max: control.options.length - 1, step: 1 },
     );
-    const value = element("output", { for: id });
+    const value = element("span", { class: "value", "aria-hidden": "true" }); // the input says it
     if (isBox) input.checked = control.start === 1;
     else input.value = control.start;
     const place = () => (isBox ? Number(input.checked) : Number(input.value));
@@ -85,7 +85,7 @@
       drawing.innerHTML = kept.frames[place];
       drawing.firstElementChild.setAttribute("aria-hidden", "true"); // the words say it
       drawing.setAttribute("aria-label", words);
-      if (isMoved) said.textContent = words;
+      if (isMoved) said.textContent = kept.titles[place]; // the slider says its own value
     }
 
     async function start() {
