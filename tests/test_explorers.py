@@ -78,7 +78,7 @@ def test_an_explorer_has_a_short_name_and_a_static_picture(make, monkeypatch) ->
         with style.look():
             words = explorer_frames.words_in(explorer_frames.as_svg(figure))
         kept = frames.read(frames.path_of(make.__name__))
-        place = kept.place(explorer.controls)
+        place = kept.place(explorer.values)
         assert explorer_frames.words_in(kept.frames[place]) == words, "run: make frames"
         assert kept.titles[place] == titles_of(figure), "run: make frames"
 

@@ -146,8 +146,22 @@ def test_the_place_of_a_frame_is_that_of_the_settings() -> None:
         if place % 7 == 0:
             for name, value in values.items():
                 explorer.controls[name].value = value
-            assert kept.place(explorer.controls) == place
+            assert kept.place(explorer.values) == place
             assert f"idle {kept.titles[place].split('idle ')[1]}" in explorer.children[-1].value
+
+
+def test_of_very_many_positions_some_options_are_left_out(monkeypatch) -> None:
+    monkeypatch.setattr(explorer_frames, "MOST_POSITIONS", 20)
+    options = explorer_frames.kept_options(lesson_00.explore_queues())
+    # 6 x 4 x 2, at the start 256, 4 and True
+    assert options == {"side": [16, 256, 512], "products": [1, 4, 8], "read": [False, True]}
+
+
+def test_a_position_that_is_not_kept_is_drawn() -> None:
+    kept = frames.read(frames.path_of("explore_queues"))
+    values = {"side": 256, "products": 4, "read": True}
+    assert kept.titles[kept.place(values)].endswith("(simulated)")
+    assert kept.place(values | {"side": 100}) is None
 
 
 def test_a_small_svg_says_what_the_figure_says(gpus) -> None:

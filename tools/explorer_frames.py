@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -29,7 +30,7 @@ from course_lib.explorers import frames
 from course_lib.explorers.explorer import Explorer, titles_of
 
 ROOT = Path(__file__).resolve().parent.parent
-MOST_POSITIONS = 1200  # what still fits into a megabyte
+MOST_POSITIONS = 1100  # of an explorer; of one that has more, some options are left out
 MOST_BYTES = 1_000_000  # of an explorer, on the page: base64 of its file
 
 # Colours that the page's dark theme changes. Elsewhere the second is what holds.
@@ -109,37 +110,56 @@ def words_in(svg: str) -> list[str]:
     return re.findall(r"<text[^>]*>(.*?)</text>", svg)
 
 
-def drawn(explorer: Explorer) -> tuple[str, str]:
-    """The picture of what the sliders are set to, and what it says of itself."""
+def drawn(explorer: Explorer, **values: Any) -> tuple[str, str]:
+    """The picture of ``values``, or else of what the sliders are set to, and its titles."""
+    figure = explorer.draw(**values)
     with style.look():
-        figure = explorer.draw()
         svg = as_svg(figure)
-    titles = titles_of(figure)
     plt.close(figure)
-    return svg, titles
+    return svg, titles_of(figure)
+
+
+def kept_options(explorer: Explorer) -> dict[str, list]:
+    """The options of each control whose positions are kept: all, or as many as may be.
+
+    Of numbers, one after the other is left out of the longest row: never the first, the last, or
+    the one that the explorer starts with.
+    """
+    options = {name: frames.options_of(each) for name, each in explorer.controls.items()}
+    while math.prod(map(len, options.values())) > MOST_POSITIONS:
+        spare = {
+            name: [each for each in row[1:-1] if each != explorer.values[name]]
+            for name, row in options.items()
+            if not isinstance(row[0], str)
+        }
+        longest = max(spare, key=lambda name: (bool(spare[name]), len(options[name])))
+        options[longest].remove(spare[longest][len(spare[longest]) // 2])
+    return options
 
 
 def positions(explorer: Explorer) -> Iterator[dict]:
-    """All settings of the sliders, the last moving first."""
-    options = [frames.options_of(control) for control in explorer.controls.values()]
-    for values in itertools.product(*options):
-        yield dict(zip(explorer.controls, values, strict=True))
+    """All settings that are kept, the last control moving first."""
+    options = kept_options(explorer)
+    for values in itertools.product(*options.values()):
+        yield dict(zip(options, values, strict=True))
 
 
-def position_count(explorer: Explorer) -> int:
-    return math.prod(len(frames.options_of(each)) for each in explorer.controls.values())
+def has_more(explorer: Explorer) -> bool:
+    """Whether it has positions that are not kept."""
+    options = {name: frames.options_of(each) for name, each in explorer.controls.items()}
+    return options != kept_options(explorer)
+
+
+def described(explorer: Explorer) -> list[dict]:
+    """Its controls in words, as they are kept."""
+    options = kept_options(explorer)
+    return [frames.described(*each, options[each[0]]) for each in explorer.controls.items()]
 
 
 def draw_all(explorer: Explorer, sources: str) -> frames.Frames:
-    controls = [frames.described(*control) for control in explorer.controls.items()]
-    pictures = []
-    for values in positions(explorer):
-        with style.look():
-            figure = explorer.draw(**values)
-            pictures.append((as_svg(figure), titles_of(figure)))
-        plt.close(figure)
+    pictures = [drawn(explorer, **values) for values in positions(explorer)]
     svgs, titles = map(list, zip(*pictures, strict=True))
-    return frames.Frames(controls, svgs, titles, sources)
+    return frames.Frames(described(explorer), svgs, titles, sources)
 
 
 # -------------------------------------------------------------- what a picture depends on
@@ -196,15 +216,12 @@ def renew(name: str, make: Callable[[], Explorer]) -> None:
         print(f"{name}: nothing has changed")
         return
     explorer = make()
-    count = position_count(explorer)
-    if count > MOST_POSITIONS:
-        print(f"{name}: {count} positions are too many, so none is kept")
-        return
     start = time.perf_counter()
     path.parent.mkdir(exist_ok=True)
     draw_all(explorer, sources).save(path)
     seconds = time.perf_counter() - start
     nbytes = path.stat().st_size * 4 // 3
+    count = len(frames.read(path).frames)
     print(f"{name}: {count} positions in {seconds:.0f} s, {nbytes / 1e3:.0f} kB on the page")
     if nbytes > MOST_BYTES:
         sys.exit(f"{name}: that is more than {MOST_BYTES / 1e6:g} MB")

@@ -25,6 +25,7 @@ from matplotlib import font_manager
 from nbformat import NotebookNode
 
 import course_lib
+import explorer_frames
 import formulas
 from course_lib.explorers import frames
 from lesson_map import as_svg, as_table, lesson_of
@@ -197,11 +198,14 @@ def _sliders(cell: NotebookNode) -> NotebookNode | None:
     imported = _IMPORT.search(cell.source)
     if not imported or not frames.path_of(imported[1]).exists():
         return None
-    controls = json.dumps(frames.read(frames.path_of(imported[1])).controls).replace("<", "\\u003c")
+    name = imported[1]
+    kept = frames.read(frames.path_of(name)).controls
+    explorer = explorer_frames.makers()[name]()
+    some_are_left_out = explorer_frames.has_more(explorer)
+    data = json.dumps({"controls": kept, "isPart": some_are_left_out}).replace("<", "\\u003c")
     html = (
-        f'<div class="explorer" data-name="{imported[1]}" '
-        f'data-source="../frames/{imported[1]}.js">\n'
-        f'<script type="application/json">{controls}</script>\n</div>'
+        f'<div class="explorer" data-name="{name}" data-source="../frames/{name}.js">\n'
+        f'<script type="application/json">{data}</script>\n</div>'
     )
     return nbformat.v4.new_markdown_cell(html, id=f"{cell.id}-sliders")
 

@@ -85,10 +85,10 @@ class Explorer(ipywidgets.VBox):
 
     def _refresh(self, change: object = None) -> None:
         self._png = b""
-        if self._kept is None:
+        place = self._kept.place(self.values) if self._kept else None
+        if self._kept is None or place is None:
             self._show_drawn()
         else:
-            place = self._kept.place(self.controls)
             svg = self._kept.frames[place].encode()
             self._show(svg, "image/svg+xml", self._kept.titles[place])
 

@@ -3,7 +3,8 @@
 With them an explorer answers at once, and the web page has it without a kernel. They are made by
 ``tools/explorer_frames.py``, one file an explorer, ``kept/NAME.json.gz``, which holds::
 
-    controls   [{"name", "label", "options": [words], "start": place}, ...], from the top down
+    controls   [{"name", "label", "options": [words], "start": place}, ...], from the top down;
+               of an explorer with very many positions, not all options
     frames     an SVG for each position; the last control moves first, as in itertools.product
     titles     what each picture says of itself, for those who do not see it
     sources    a hash of the code that they were drawn with
@@ -33,12 +34,14 @@ class Frames:
     titles: list[str]
     sources: str
 
-    def place(self, controls: Mapping[str, ipywidgets.ValueWidget]) -> int:
-        """Which picture belongs to what the controls are set to."""
+    def place(self, values: Mapping[str, Any]) -> int | None:
+        """Which picture belongs to what the controls are set to; None if it is not kept."""
         place = 0
-        for control in controls.values():
-            options = options_of(control)
-            place = place * len(options) + options.index(control.value)
+        for control in self.controls:
+            options, value = control["options"], str(values[control["name"]])
+            if value not in options:
+                return None
+            place = place * len(options) + options.index(value)
         return place
 
     def save(self, path: Path) -> None:
@@ -66,7 +69,16 @@ def frames_of(draw: Callable, controls: Mapping[str, ipywidgets.ValueWidget]) ->
     if not draw.__module__.startswith(__package__ + ".lesson_") or not path.exists():
         return None
     kept = read(path)
-    return kept if kept.controls == [described(*control) for control in controls.items()] else None
+    alike = len(kept.controls) == len(controls) and all(
+        _is_of(control, *now) for control, now in zip(kept.controls, controls.items(), strict=True)
+    )
+    return kept if alike else None
+
+
+def _is_of(kept: dict[str, Any], name: str, control: ipywidgets.ValueWidget) -> bool:
+    words = [str(option) for option in options_of(control)]
+    same_names = kept["name"] == name and kept["label"] == control.description
+    return same_names and set(kept["options"]) <= set(words)
 
 
 def options_of(control: ipywidgets.ValueWidget) -> list:
@@ -74,9 +86,8 @@ def options_of(control: ipywidgets.ValueWidget) -> list:
     return [False, True] if isinstance(control.value, bool) else list(control.options)
 
 
-def described(name: str, control: ipywidgets.ValueWidget) -> dict[str, Any]:
-    """A control in words, as it is kept."""
-    options = options_of(control)
+def described(name: str, control: ipywidgets.ValueWidget, options: list) -> dict[str, Any]:
+    """A control in words, with those of its options that are kept."""
     return {
         "name": name,
         "label": control.description,

@@ -66,7 +66,7 @@
 
   function makeExplorer(root) {
     const { name, source } = root.dataset;
-    const described = JSON.parse(root.querySelector("script").textContent);
+    const { controls: described, isPart } = JSON.parse(root.querySelector("script").textContent);
     const drawing = element("div", { class: "drawing", role: "img", tabindex: 0 });
     const said = element("div", { class: "said", role: "status" });
     let kept = null;
@@ -98,6 +98,9 @@
       const rows = element("div", { class: "controls" });
       rows.append(...controls.map((control) => control.row));
       root.append(rows, drawing, said);
+      if (isPart) {
+        root.append(element("p", {}, "Some positions are left out here; JupyterLab has them all."));
+      }
       root.classList.add("live");
       draw(false);
       root.previousElementSibling?.querySelector(".cell_output")?.setAttribute("hidden", "");

@@ -112,8 +112,8 @@ def test_every_position_of_an_explorer_has_its_frame(name: str) -> None:
     assert path.exists(), f"run: make frames EXPLORER={name}"
     kept = frames.read(path)
     explorer = explorer_frames.makers()[name]()
-    assert len(kept.frames) == len(kept.titles) == explorer_frames.position_count(explorer)
+    assert len(kept.frames) == len(kept.titles) == len(list(explorer_frames.positions(explorer)))
     assert all(frame.startswith("<svg") for frame in kept.frames)
-    assert kept.controls == [frames.described(*each) for each in explorer.controls.items()]
+    assert kept.controls == explorer_frames.described(explorer)
     script = SITE / "frames" / f"{name}.js"
     assert script.stat().st_size <= explorer_frames.MOST_BYTES
