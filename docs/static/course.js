@@ -43,8 +43,8 @@
     const input = element(
       "input",
       isBox
-        ? { id, type: "checkbox" }
-        : { id, type: "range", min: 0, max: control.options.length - 1, step: 1 },
+        ? { id, type: "checkbox", autocomplete: "off" } // off: a page loaded again starts anew
+        : { id, type: "range", autocomplete: "off", min: 0, max: control.options.length - 1 },
     );
     const value = element("span", { class: "value", "aria-hidden": "true" }); // the input says it
     if (isBox) input.checked = control.start === 1;
