@@ -28,8 +28,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The committed outputs are those of virtual GPUs, on a machine with real ones too. The models are
 # small, and tests run side by side: more threads would only get in each other's way.
-test unit nb notebooks conformance pytorch-tests: export COURSE_DEVICES := virtual
-test unit nb notebooks conformance pytorch-tests: export OMP_NUM_THREADS := 1
+test unit nb notebooks conformance pytorch-tests frames: export COURSE_DEVICES := virtual
+test unit nb notebooks conformance pytorch-tests frames: export OMP_NUM_THREADS := 1
 
 # In a container one is often root, and Jupyter wants to be told that this is meant.
 ifeq ($(shell id -u),0)
@@ -37,7 +37,7 @@ ROOT := --allow-root
 endif
 
 .PHONY: help lab fresh test browser unit nb notebooks portable test-with conformance \
-  pytorch-tests images student slides bench lint constraints dist clean
+  pytorch-tests images frames student slides bench lint constraints dist site site-test clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -89,6 +89,9 @@ notebooks: $(STAMP) ## Run the notebooks anew and keep their outputs (one: NB=no
 images: $(STAMP) ## Draw every picture anew
 	@for script in images/*.py; do echo "$$script"; $(PY) "$$script" || exit 1; done
 
+frames: $(STAMP) ## Draw every position of the explorers anew whose code has changed (minutes)
+	$(PY) tools/explorer_frames.py $(EXPLORER)
+
 student: $(STAMP) ## Make the lessons without solutions, and an answer key, in build/editions
 	$(PY) tools/editions.py build/editions
 
@@ -112,7 +115,7 @@ constraints: ## Pin the newest version of everything else than torch in constrai
 	$(PYTHON) -m venv "$$fresh"; \
 	grep '^torch==' constraints.txt > "$$fresh/torch"; \
 	$$pip install -q -c "$$fresh/torch" torch; \
-	$$pip install -q -c "$$fresh/torch" -e ".[lab,test]"; \
+	$$pip install -q -c "$$fresh/torch" -e ".[lab,test,site]"; \
 	$$pip freeze --all --exclude pip --exclude-editable > "$$fresh/all"; \
 	{ echo "# What the committed outputs were made with. Refresh: make constraints"; \
 	  sed -E -e 's/\+.*//' -e '/^(nvidia|cuda|triton)/d' "$$fresh/all"; } > constraints.txt
@@ -131,6 +134,27 @@ dist: $(STAMP) ## Build the wheel and the sdist, check both, and run a lesson fr
 	cd build/outside && COURSE_DEVICES=virtual OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/build/wheel \
 	  $(CURDIR)/$(PYTEST) -q --rootdir=. -p no:randomly --nbval --nbval-current-env \
 	  --nbval-cell-timeout=600 .
+
+# What the page needs besides is installed when it is first built: lessons and tests do without it.
+SITE := $(VENV)/.site
+site: $(SITE) ## Build the web page in build/site, from the lessons as they are committed
+	rm -rf build/site
+	$(PY) tools/stage_site.py build/site-source
+	$(PY) -m sphinx -q -W --keep-going -b html -c docs -d build/site-doctrees \
+	  build/site-source build/site
+	@echo "The web page: build/site/index.html"
+
+# axe-core looks for what a screen reader could not read. Without npm its test is skipped.
+AXE := build/axe/package/axe.min.js
+site-test: site ## Check the web page: links, frames, and in a browser if playwright is there
+	@test -f $(AXE) || ! command -v npm >/dev/null || { mkdir -p build/axe && cd build/axe && \
+	  npm pack --silent axe-core@4 >/dev/null && tar xzf axe-core-*.tgz package/axe.min.js; }
+	$(PYTEST) -p no:randomly tests/site
+
+$(SITE): $(STAMP)
+	@echo "Installing what the web page needs ..."
+	@$(PIP) install -q -c constraints.txt -e ".[lab,site]"
+	@touch $(SITE)
 
 clean: ## Remove caches and build leftovers (.venv stays)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .mypy_cache .hypothesis notebooks/.ipynb_checkpoints

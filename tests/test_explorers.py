@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+import explorer_frames
 from course_lib import CLASSROOM, devices, ranks, style
 from course_lib.explorers import explorer as explorer_module
 from course_lib.explorers import (
+    frames,
     lesson_00,
     lesson_01,
     lesson_02,
@@ -24,10 +26,11 @@ from course_lib.explorers import (
     lesson_10,
     lesson_11,
     lesson_12,
+    lesson_13,
     lesson_14,
     lesson_15,
 )
-from course_lib.explorers.explorer import Explorer, choice
+from course_lib.explorers.explorer import Explorer, choice, titles_of
 from course_lib.hardware import memory_in_use
 from course_lib.virtual.machine import machine
 
@@ -45,6 +48,7 @@ ALL = [
     lesson_10.explore_circle,
     lesson_11.explore_buckets,
     lesson_12.explore_nodes,
+    lesson_13.explore_batches,
     lesson_14.explore_plans,
     lesson_15.explore_broken,
 ]
@@ -56,17 +60,29 @@ EXPLORERS = [
     lesson_08.explore_sharding,
     lesson_10.explore_circle,
     lesson_12.explore_nodes,
+    lesson_13.explore_batches,
     lesson_14.explore_plans,
     lesson_15.explore_broken,
 ]
 
 
 @pytest.mark.parametrize("make", ALL)
-def test_an_explorer_has_a_short_name_and_a_static_picture(make) -> None:
-    bundle = make()._repr_mimebundle_()
+def test_an_explorer_has_a_short_name_and_a_static_picture(make, monkeypatch) -> None:
+    explorer = make()
+    figures = []
+    draw = explorer.draw
+    monkeypatch.setattr(explorer, "draw", lambda: figures.append(draw()) or figures[-1])
+    bundle = explorer._repr_mimebundle_()
     assert bundle["text/plain"].startswith("<explorer: ")
     assert base64.b64decode(bundle["image/png"]).startswith(b"\x89PNG")
     assert "application/vnd.jupyter.widget-view+json" in bundle
+    for figure in figures:  # what is kept of these settings is what they draw now
+        with style.look():
+            words = explorer_frames.words_in(explorer_frames.as_svg(figure))
+        kept = frames.read(frames.path_of(make.__name__))
+        place = kept.place(explorer.values)
+        assert explorer_frames.words_in(kept.frames[place]) == words, "run: make frames"
+        assert kept.titles[place] == titles_of(figure), "run: make frames"
 
 
 @pytest.mark.parametrize("make", EXPLORERS)

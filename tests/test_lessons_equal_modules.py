@@ -20,10 +20,13 @@ from course_lib.models import GPT, MLP, next_token_loss
 from course_lib.parallel import (
     all_reduce_costs,
     collectives,
+    compressed_sums,
     data_parallel,
     gradient_buckets,
+    gradient_noise,
     node_collectives,
     regions,
+    sampling,
     schedule_rules,
     schedules,
     vocabulary,
@@ -32,6 +35,7 @@ from course_lib.parallel.attention_ring import ring_attention
 from course_lib.parallel.expert_parallel import ExpertParallel
 from course_lib.parallel.experts import MixtureOfExperts
 from course_lib.parallel.layer_parallel import LayerParallel, balanced_cuts
+from course_lib.parallel.local_training import LocalTraining
 from course_lib.parallel.pipeline import Pipeline
 from course_lib.parallel.proof import largest_difference
 from course_lib.parallel.sharded_data_parallel import Sharded
@@ -40,6 +44,7 @@ from course_lib.ranks.by_hand import data_parallel as by_hand_data_parallel
 from course_lib.ranks.by_hand import messages
 from course_lib.ranks.by_hand import pipeline as by_hand_pipeline
 from course_lib.ranks.by_hand import tensor_parallel as by_hand_tensor_parallel
+from course_lib.sweeps import training
 from notebook_tools import NOTEBOOKS
 
 namespaces: list[dict] = []
@@ -580,3 +585,51 @@ def test_lesson_11_puts_engines_and_code_by_hand_on_one_ruler() -> None:
     sent = [rows[engine].sent for engine in list(pairs)[:3]]
     assert sent == [1.5 * P + 232, 2.25 * P, 2 * P]
     assert lesson.plain.sent - rows["DTensor"].sent == 8 * lesson.one
+
+
+@pytest.fixture
+def lesson_13() -> SimpleNamespace:
+    cells = ("task", "train", "same-parts", "seconds", "two-batches", "say", "feedback", "local")
+    return definitions("13_to_the_same_loss.ipynb", *cells)
+
+
+def test_lesson_13_and_the_sweeps_train_alike(lesson_13) -> None:
+    for step in (0, 22, 23, 500):
+        ours = lesson_13.batch_indices(step, 64, 1437, 2)
+        assert torch.equal(ours, sampling.batch_indices(step, 64, 1437, 2))
+    assert largest_difference(lesson_13.make_model(1), training.convolutional(1)) == 0
+    steps = training.steps_to_loss(64, 0.4, seed=1)
+    assert 4 * len(lesson_13.losses(64, 0.4, seed=1)) == steps
+
+
+def test_lesson_13_and_gradient_noise_solve_the_same_equations(lesson_13) -> None:
+    noise = gradient_noise.from_two_batches(16, 3.0, 64, 1.5)
+    assert lesson_13.signal_and_noise(16, 3.0, 64, 1.5) == (noise.signal, noise.variance)
+
+
+def test_lesson_13_and_compressed_sums_say_and_owe_the_same(lesson_13) -> None:
+    sums, owed = compressed_sums.TopKSums(0.01), [torch.zeros(1000) for _ in lesson_13.gpus]
+    for _ in range(3):
+        wanted = [torch.randn(1000) for _ in lesson_13.gpus]
+        rows = [row.to(gpu) for row, gpu in zip(wanted, lesson_13.gpus, strict=True)]
+        sums(rows)
+        said = [
+            lesson_13.say_and_remember(lesson_13.say_top, row, debt)
+            for row, debt in zip(wanted, owed, strict=True)
+        ]
+        owed = [debt for _, debt in said]
+        torch.testing.assert_close(rows[0].cpu(), sum(each for each, _ in said))
+    for ours, theirs in zip(owed, sums.feedback.owed, strict=True):
+        torch.testing.assert_close(ours, theirs.cpu())
+
+
+def test_lesson_13_and_local_training_meet_at_the_same_places(lesson_13) -> None:
+    def sgd(parameters) -> torch.optim.SGD:
+        return torch.optim.SGD(parameters, lr=0.2)
+
+    ours = lesson_13.local_training(lesson_13.gpus, sgd, period=3, steps=6)
+    replicas = data_parallel.replicate(lesson_13.make_model(0), lesson_13.gpus)
+    local = LocalTraining(replicas, sgd, period=3)
+    for step in range(6):
+        local.step(*training.shards(step, 64, 0, lesson_13.gpus), F.cross_entropy)
+    assert largest_difference(ours[-1], local.replicas[-1]) < 1e-6

@@ -17,6 +17,7 @@ REQUIRED = [Requirement(line) for line in PROJECT["dependencies"]]
 EXTRAS = PROJECT["optional-dependencies"]
 TO_READ_AND_RUN = [Requirement(line) for line in EXTRAS["lab"]]
 FOR_TESTS = [Requirement(line) for line in EXTRAS["test"]]
+FOR_THE_SITE = [Requirement(line) for line in EXTRAS["site"]]
 
 CONDA_NAMES = {"torch": "pytorch"}
 
@@ -53,7 +54,11 @@ def test_environment_yml_is_pyproject_for_conda():
     assert environment["dependencies"][-1] == {"pip": ["-e ."]}
 
 
-@pytest.mark.parametrize("need", REQUIRED + TO_READ_AND_RUN + FOR_TESTS, ids=lambda need: need.name)
+@pytest.mark.parametrize(
+    "need",
+    REQUIRED + TO_READ_AND_RUN + FOR_TESTS + FOR_THE_SITE,
+    ids=lambda need: need.name,
+)
 def test_every_dependency_has_a_pin_that_satisfies_it(need: Requirement):
     assert need.specifier.contains(pins()[bare(need.name)])
 

@@ -1,7 +1,7 @@
 """The doctor: your own data-parallel training step, beside training on one device.
 
 Training that is wrong in parallel raises no error, and its loss goes down. No single instrument
-sees everything that can be wrong; here twelve of them are read after every step.
+sees everything that can be wrong; here twelve of them are read after every step::
 
     def prepare(model, gpus):
         replicas = replicate(model, gpus)

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from course_lib import style
+from course_lib.explorers import frames
 
 DPI = 144  # sharp on a screen that is zoomed to 150 %
 WIDTH = "900px"
@@ -43,11 +44,14 @@ for (const slider of this.closest('.widget-vbox')?.querySelectorAll('.widget-sli
 class Explorer(ipywidgets.VBox):
     """Controls above a figure, or above a line that says why there is none.
 
+    Where a picture is kept for what the controls are set to, it is shown at once and nothing runs.
+
     Args:
         draw: makes the figure; is called with one keyword argument for each control.
         controls: ipywidgets with a ``value``, by the name that ``draw`` knows them under.
 
     Attributes:
+        controls: the controls, by name.
         working: what it says while it draws.
     """
 
@@ -55,7 +59,8 @@ class Explorer(ipywidgets.VBox):
 
     def __init__(self, draw: Callable[..., Figure], **controls: ipywidgets.ValueWidget) -> None:
         self._draw = draw
-        self._controls = controls
+        self.controls = controls
+        self._kept = frames.frames_of(draw, controls)
         self._png = b""
         # A screen reader announces what changes in it: the settings, and what the picture says.
         self._status = ipywidgets.HTML()
@@ -71,29 +76,50 @@ class Explorer(ipywidgets.VBox):
     @property
     def values(self) -> dict[str, Any]:
         """What the controls are set to."""
-        return {name: control.value for name, control in self._controls.items()}
+        return {name: control.value for name, control in self.controls.items()}
+
+    def draw(self, **values: Any) -> Figure:
+        """The figure, drawn now, of ``values`` or else of what the controls are set to."""
+        with style.look():
+            return self._draw(**(values or self.values))
 
     def _refresh(self, change: object = None) -> None:
+        self._png = b""
+        place = self._kept.place(self.values) if self._kept else None
+        if self._kept is None or place is None:
+            self._show_drawn()
+        else:
+            svg = self._kept.frames[place].encode()
+            self._show(svg, "image/svg+xml", self._kept.titles[place])
+
+    def _show_drawn(self) -> None:
         self._say(self.working)
-        open_before = set(plt.get_fignums())
         try:
-            with style.look():
-                figure = self._draw(**self.values)
-                buffer = io.BytesIO()
-                figure.savefig(buffer, format="png", dpi=DPI)
+            self._png, titles = self._as_png()
         except Exception as error:
-            self._png = b""
             self._picture.value = ""
             first_line = next(iter(str(error).splitlines()), "")
             self._say(f"{type(error).__name__}: {first_line}")
         else:
-            self._png = buffer.getvalue()
-            description = f"{self._settings()}. {_titles(figure)}"
-            self._picture.value = _image(self._png, description)
-            self._say(description, is_shown=False)
+            self._show(self._png, "image/png", titles)
+
+    def _as_png(self) -> tuple[bytes, str]:
+        """The picture, drawn now, and what it says of itself."""
+        open_before = set(plt.get_fignums())
+        try:
+            with style.look():
+                figure = self.draw()
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format="png", dpi=DPI)
+            return buffer.getvalue(), titles_of(figure)
         finally:
             for number in set(plt.get_fignums()) - open_before:
                 plt.close(number)
+
+    def _show(self, picture: bytes, kind: str, titles: str) -> None:
+        description = f"{self._settings()}. {titles}"
+        self._picture.value = _image(picture, kind, description)
+        self._say(description, is_shown=False)
 
     def _say(self, text: str, is_shown: bool = True) -> None:
         hidden = "" if is_shown else ' style="position: absolute; left: -9999px"'
@@ -101,7 +127,7 @@ class Explorer(ipywidgets.VBox):
 
     def _settings(self) -> str:
         return ", ".join(
-            f"{control.description}: {control.value}" for control in self._controls.values()
+            f"{control.description}: {control.value}" for control in self.controls.values()
         )
 
     def __repr__(self) -> str:
@@ -111,6 +137,8 @@ class Explorer(ipywidgets.VBox):
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         bundle = super()._repr_mimebundle_(**kwargs)
         bundle["text/plain"] = repr(self)
+        if self._kept and not self._png:
+            self._png, _ = self._as_png()
         if self._png:
             bundle["image/png"] = base64.b64encode(_with_line_below(self._png)).decode()
         return bundle
@@ -123,16 +151,16 @@ def choice(label: str, options: list, value: Any) -> ipywidgets.SelectionSlider:
     )
 
 
-def _titles(figure: Figure) -> str:
+def titles_of(figure: Figure) -> str:
     """What the figure says of itself, for those who do not see it."""
     titles = [ax.get_title(loc) for ax in figure.axes for loc in ("left", "center")]
     return "; ".join(title for title in titles if title)
 
 
-def _image(png: bytes, description: str) -> str:
-    data = base64.b64encode(png).decode()
+def _image(picture: bytes, kind: str, description: str) -> str:
+    data = base64.b64encode(picture).decode()
     return (
-        f'<img src="data:image/png;base64,{data}" alt="{html.escape(description, quote=True)}" '
+        f'<img src="data:{kind};base64,{data}" alt="{html.escape(description, quote=True)}" '
         f'style="width: {WIDTH}; max-width: 100%" onload="{html.escape(_NAME_HANDLES)}">'
     )
 

@@ -1,8 +1,10 @@
 """What ran where and when, which bytes moved, how much memory was held, and pictures of it.
 
-with course_lib.trace() as t:
-    train_step()
-t.plot()
+Record a step, then draw it::
+
+    with course_lib.trace() as t:
+        train_step()
+    t.plot()
 """
 
 from course_lib.timeline.recorders import region, trace

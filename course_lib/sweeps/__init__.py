@@ -1,0 +1,1 @@
+"""Sweeps that take minutes, stored as small tables, and the script that makes them."""

@@ -1,0 +1,67 @@
+"""Make the tables beside this script anew: ``python -m course_lib.sweeps``; about 20 minutes.
+
+Steps depend a little on the CPU, since rounding does. Simulated seconds and bytes do not.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from course_lib import hardware
+from course_lib.sweeps import training
+from course_lib.sweeps.training import LINKS, METHODS, SGD_RATES
+
+HERE = Path(__file__).parent
+BATCHES = (8, 16, 32, 64, 128, 256)
+COUNTS = (1, 2, 4, 8)
+SEEDS = (0, 1, 2)
+COUNT = 4  # GPUs of the methods' sweep
+
+
+def batches() -> Iterator[list[object]]:
+    cases = [(b, rate, seed) for b in BATCHES for rate in SGD_RATES for seed in SEEDS]
+    for batch, rate, seed in cases:
+        yield [batch, rate, seed, training.steps_to_loss(batch, rate, seed)]
+
+
+def methods() -> Iterator[list[object]]:
+    cases = [
+        (m, rate, seed) for m, (rates, _) in METHODS.items() for rate in rates for seed in SEEDS
+    ]
+    for method, rate, seed in cases:
+        with hardware.fresh_devices(COUNT, training.SPEC) as gpus:
+            yield [method, rate, seed, training.method_steps(method, gpus, rate, seed)]
+
+
+def costs() -> Iterator[list[object]]:
+    cases = [("float32", n, link, b) for b in BATCHES for n in COUNTS for link in LINKS]
+    cases += [(m, COUNT, link, 64) for m in METHODS for link in LINKS if m != "float32"]
+    for case in cases:
+        seconds, nbytes = training.step_cost(*case)
+        yield [*case, f"{seconds:.6g}", f"{nbytes:g}"]
+
+
+TABLES = {
+    "batches": ("batch,rate,seed,steps", batches),
+    "methods": ("method,rate,seed,steps", methods),
+    "costs": ("method,gpus,link,batch,seconds,bytes", costs),
+}
+
+
+def write(name: str, columns: str, rows: Iterable[list[object]]) -> None:
+    with (HERE / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns.split(","))
+        for row in rows:
+            print(name, *row)
+            writer.writerow(row)
+            file.flush()
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or TABLES:
+        columns, make_rows = TABLES[name]
+        write(name, columns, make_rows())

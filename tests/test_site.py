@@ -1,0 +1,185 @@
+"""What the web page is made of, as far as it can be tested without building it."""
+
+import importlib
+import math
+import pkgutil
+import re
+
+import nbformat
+import pytest
+
+import explorer_frames
+import formulas
+import stage_site
+from course_lib import CLASSROOM, parallel
+from course_lib.explorers import frames, lesson_00
+from course_lib.planner import layer_work
+from lesson_map import Lesson, as_svg, as_table, direct_needs, lesson_of, rows_of
+from notebook_tools import ROOT, lessons
+from picture_words import words_for
+
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+LESSONS = [
+    lesson_of(path.stem, nbformat.read(path, as_version=4).cells[0].source) for path in lessons()
+]
+
+# ---------------------------------------------------------------------------------- formulas
+
+MODULES = {
+    module.name: importlib.import_module(f"{parallel.__name__}.{module.name}")
+    for module in pkgutil.iter_modules(parallel.__path__)
+} | {"layer_work": layer_work}
+SPEC = CLASSROOM
+VALUES = [
+    {"N": 2, "S": 4096, "p": 2, "m": 8, "k": 5, "n": 7},
+    {"N": 4, "S": 8192, "p": 4, "m": 16, "k": 3, "n": 2},
+    {"N": 8, "S": 1 << 20, "p": 8, "m": 32, "k": 64, "n": 1},
+]
+
+
+@pytest.mark.parametrize("row", formulas.formulas(), ids=lambda row: row.what)
+def test_a_formula_says_what_its_code_computes(row: formulas.Formula) -> None:
+    gpu = {"a": SPEC.latency, "B": SPEC.link_bandwidth, "M": SPEC.memory_bandwidth}
+    functions = {"ceil": math.ceil, "log2": math.log2, "min": min}
+    for values in VALUES:
+        expected = eval(row.formula, functions | gpu | values)
+        assert eval(row.code, MODULES | {"gpu": SPEC} | values) == pytest.approx(expected)
+
+
+def test_every_row_of_the_page_of_formulas_is_read() -> None:
+    rows = re.findall(r"^\| [^|\n]+ \|.*\[\d\d\]\(", formulas.PAGE.read_text("utf-8"), re.MULTILINE)
+    assert len(formulas.formulas()) == len(rows) >= 15
+
+
+@pytest.mark.parametrize(
+    ("formula", "latex"),
+    [
+        ("2 * (N - 1) / N * S", r"\frac{2 \, (N - 1)}{N} \, S"),
+        ("ceil(log2(N)) * min(p, m)", r"\lceil \log_2 N \rceil \, \min(p, m)"),
+        ("1 - 1 / p", r"1 - \frac{1}{p}"),
+    ],
+)
+def test_a_formula_is_drawn_as_it_is_computed(formula: str, latex: str) -> None:
+    assert formulas.as_latex(formula) == latex
+
+
+# -------------------------------------------------------------------------- the map of lessons
+
+
+def lesson(number: str, *needs: str) -> Lesson:
+    return Lesson(f"{number}_x", "X & Y", "a thing", needs, 10, 5)
+
+
+def test_every_lesson_is_below_all_that_it_needs() -> None:
+    row = {each.number: place for place, row in enumerate(rows_of(LESSONS)) for each in row}
+    assert set(row) == {path.stem[:2] for path in lessons()}
+    for each in LESSONS:
+        assert all(row[need] < row[each.number] for need in each.needs if need in row)
+        assert all(need < each.number for need in each.needs), "a lesson needs a later one"
+
+
+def test_the_map_leaves_out_what_follows_from_the_rest() -> None:
+    few = [lesson("00"), lesson("01", "00"), lesson("02", "00", "01"), lesson("03", "01", "02")]
+    assert direct_needs(few) == {"00": set(), "01": {"00"}, "02": {"01"}, "03": {"02"}}
+    assert as_svg(few).count('class="arrow"') == 3
+    assert "\n\n" not in as_svg(few), "Markdown would end the drawing there"
+    assert "X &amp; Y" in as_svg(few)
+
+
+def test_the_map_in_words_adds_up() -> None:
+    table = as_table([lesson("00"), lesson("01", "00")])
+    assert "| [00](notebooks/00_x.ipynb) | 10 + 5 |" in table
+    assert "**0 + 0 hours**" in table
+
+
+def test_a_range_of_lessons_is_all_of_them() -> None:
+    first_cell = (
+        "# 09 · T\n\n**You will build:** a.\n\n**You need:** lessons 02 to 04.\n\n"
+        "**Time:** 5 minutes, and 6 more for the exercises."
+    )
+    assert lesson_of("09_t", first_cell).needs == ("02", "03", "04")
+    with pytest.raises(ValueError, match="lacks its title, aim, needs or minutes"):
+        lesson_of("09_t", "# 09 · T")
+
+
+# --------------------------------------------------------------------------------- the pages
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda path: path.name)
+def test_a_page_takes_from_the_readme_what_is_there(page) -> None:
+    for title in re.findall(r"<!-- README: (.*) -->", page.read_text(encoding="utf-8")):
+        assert stage_site.readme_section(title)
+
+
+def test_a_section_that_the_readme_has_not_is_named() -> None:
+    with pytest.raises(ValueError, match="'Nowhere', which README"):
+        stage_site.readme_section("Nowhere")
+
+
+def test_links_lead_to_the_same_files_from_their_new_place(tmp_path) -> None:
+    text = "[a](../README.md#start) [b](01_single_gpu_baseline.ipynb) [c](../course_lib/data.py)"
+    moved = stage_site.relinked(text, ROOT / "notebooks" / "00_meet_your_gpus.ipynb", tmp_path)
+    assert moved == (
+        "[a](../index.md#start) [b](01_single_gpu_baseline.ipynb) [c](../files/course_lib/data.py)"
+    )
+    assert (tmp_path / "files" / "course_lib" / "data.py").exists()
+    code = "`make[name](count)` and [the field](https://example.org/x)"
+    assert stage_site.relinked(code, ROOT / "README.md", tmp_path) == code
+
+
+@pytest.mark.parametrize("path", lessons(), ids=lambda path: path.stem)
+def test_every_picture_of_a_lesson_has_words(path) -> None:
+    cells = nbformat.read(path, as_version=4).cells
+    for index, cell in enumerate(cells):
+        if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
+            words = words_for(cells, index)
+            assert len(words) > len("Figure: a.") and "{" not in words, cell.id
+
+
+# ------------------------------------------------------------------------------- the frames
+
+
+def test_the_place_of_a_frame_is_that_of_the_settings() -> None:
+    explorer = lesson_00.explore_queues()
+    kept = frames.read(frames.path_of("explore_queues"))
+    for place, values in enumerate(explorer_frames.positions(explorer)):
+        if place % 7 == 0:
+            for name, value in values.items():
+                explorer.controls[name].value = value
+            assert kept.place(explorer.values) == place
+            assert f"idle {kept.titles[place].split('idle ')[1]}" in explorer.children[-1].value
+
+
+def test_of_very_many_positions_some_options_are_left_out(monkeypatch) -> None:
+    monkeypatch.setattr(explorer_frames, "MOST_POSITIONS", 20)
+    options = explorer_frames.kept_options(lesson_00.explore_queues())
+    # 6 x 4 x 2, at the start 256, 4 and True
+    assert options == {"side": [16, 256, 512], "products": [1, 4, 8], "read": [False, True]}
+
+
+def test_a_position_that_is_not_kept_is_drawn() -> None:
+    kept = frames.read(frames.path_of("explore_queues"))
+    values = {"side": 256, "products": 4, "read": True}
+    assert kept.titles[kept.place(values)].endswith("(simulated)")
+    assert kept.place(values | {"side": 100}) is None
+
+
+def test_a_small_svg_says_what_the_figure_says(gpus) -> None:
+    svg, titles = explorer_frames.drawn(lesson_00.explore_queues())
+    assert titles in explorer_frames.words_in(svg)
+    assert not re.search(r"\d\.\d\d+", re.sub(r">[^<]*<", "><", svg)), "places in tenths"
+    assert "http" not in svg.replace('xmlns="http://www.w3.org/2000/svg"', "")
+
+
+def test_what_a_picture_depends_on_is_code_and_not_comments(monkeypatch, tmp_path) -> None:
+    package = tmp_path / "course_lib"
+    package.mkdir()
+    (package / "__init__.py").write_text('"""A package."""\n')
+    (package / "one.py").write_text("from course_lib import two\n")
+    (package / "two.py").write_text("x = 1  # why\n")
+    monkeypatch.setattr(explorer_frames, "ROOT", tmp_path)
+    before = explorer_frames.sources_of("course_lib.one")
+    (package / "two.py").write_text('"""Words."""\n\nx = 1  # because\n')
+    assert explorer_frames.sources_of("course_lib.one") == before
+    (package / "two.py").write_text("x = 2  # why\n")
+    assert explorer_frames.sources_of("course_lib.one") != before

@@ -1,0 +1,63 @@
+"""The page of formulas: each is Python in docs/formulas.md, and a drawn formula on the web page."""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import dataclass
+
+from notebook_tools import ROOT
+
+PAGE = ROOT / "docs" / "formulas.md"
+_ROW = re.compile(r"^(\| (?!\|)[^|]+ \| )`([^`]+)`( \| \[\d\d\]\([^)]+\) \| )`([^`]+)`( \|)$", re.M)
+_SIGNS: dict[type, str] = {ast.Add: " + ", ast.Sub: " - ", ast.Mult: r" \, "}
+_STRENGTH: dict[type, int] = {ast.Add: 1, ast.Sub: 1, ast.Mult: 2}
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A row: what it is, the formula, and the call that gives the same."""
+
+    what: str
+    formula: str
+    code: str
+
+
+def formulas() -> list[Formula]:
+    """All rows of the page."""
+    text = PAGE.read_text(encoding="utf-8")
+    return [Formula(row[0].strip("| "), row[1], row[3]) for row in _ROW.findall(text)]
+
+
+def drawn(text: str) -> str:
+    """The text of the page with its formulas in LaTeX."""
+    return _ROW.sub(lambda row: f"{row[1]}${as_latex(row[2])}${row[3]}`{row[4]}`{row[5]}", text)
+
+
+def as_latex(formula: str) -> str:
+    """A formula of Python, with +, -, *, / and calls of functions, as LaTeX."""
+    return _latex(ast.parse(formula, mode="eval").body)
+
+
+def _latex(node: ast.expr) -> str:
+    match node:
+        case ast.Name(name) | ast.Constant(name):
+            return str(name)
+        case ast.BinOp(left, ast.Div(), right):
+            return rf"\frac{{{_latex(left)}}}{{{_latex(right)}}}"
+        case ast.BinOp(left, sign, right):
+            least = _STRENGTH[type(sign)]
+            return _within(left, least) + _SIGNS[type(sign)] + _within(right, least)
+        case ast.Call(ast.Name("ceil"), [value]):
+            return rf"\lceil {_latex(value)} \rceil"
+        case ast.Call(ast.Name("log2"), [value]):
+            return rf"\log_2 {_latex(value)}"
+        case ast.Call(ast.Name(name), values):
+            return rf"\{name}({', '.join(map(_latex, values))})"
+    raise ValueError(f"no LaTeX for {ast.unparse(node)}")
+
+
+def _within(node: ast.expr, least: int) -> str:
+    """With parentheses, where it would else be read otherwise."""
+    strength = _STRENGTH.get(type(node.op), 3) if isinstance(node, ast.BinOp) else 3
+    return rf"({_latex(node)})" if strength < least else _latex(node)
