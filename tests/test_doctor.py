@@ -119,6 +119,93 @@ def test_a_gpt_that_adamw_trains_is_healthy_at_a_tenth_of_the_tolerance(
     ).is_healthy
 
 
+class AttentionOfItsOwn(nn.Module):
+    """Keys have a bias, which no score depends on: its gradient is what rounding leaves of zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(12, 16)
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+        self.head = nn.Linear(16, 12)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.embedding(tokens)
+        return self.head(h + F.scaled_dot_product_attention(self.q(h), self.k(h), self.v(h)))
+
+
+def examine_attention(prepare) -> doctor.Report:
+    torch.manual_seed(0)
+    model, passages = AttentionOfItsOwn(), [torch.randint(12, (9, 8)) for _ in range(8)]
+    pairs = list(zip(passages[::2], passages[1::2], strict=True))
+    gpus = course_lib.devices(N)
+    return doctor.examine(model, prepare, pairs, next_token_loss, AdamW, gpus)
+
+
+def test_what_adamw_makes_of_rounding_is_no_finding(monkeypatch: pytest.MonkeyPatch):
+    right = the_courses_own(AdamW, next_token_loss)
+    assert examine_attention(right).is_healthy
+    monkeypatch.setattr(readers, "NOTHING", 0.0)  # the test has something to pass over
+    (finding,) = examine_attention(right).findings
+    assert "1 of 9 parameters are not one device's, the first of them k.bias" in finding.reading
+
+
+def test_a_bias_of_keys_with_a_gradient_of_its_own_is_a_finding():
+    def prepare(model, gpus):
+        replicas, step = the_courses_own(AdamW, next_token_loss)(model, gpus)
+        for replica in replicas:
+            replica.k.bias.register_hook(lambda gradient: gradient + 1)
+        return replicas, step
+
+    assert "k.bias" in examine_attention(prepare).findings[0].reading
+
+
+class DropoutByFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.layer(x), 0.5, self.training)
+
+
+@pytest.mark.parametrize(
+    "make_model",
+    [DropoutByFunction, lambda: nn.Sequential(nn.AlphaDropout(0.2), nn.Linear(8, 4))],
+    ids=["by function", "alpha dropout"],
+)
+def test_where_one_device_throws_dice_it_counts_and_is_not_compared(make_model):
+    report = examine(the_courses_own(sgd, F.cross_entropy), make_model())
+    assert str(report) == "2 step(s): nothing found, and no comparison with one device."
+    assert report.run.now.flops > 0
+
+
+def test_one_device_leaves_the_dice_as_they_were():
+    torch.manual_seed(3)
+    right = torch.rand(1)
+    model = DropoutByFunction()
+    torch.manual_seed(3)
+    examine(the_courses_own(sgd, F.cross_entropy), model)
+    assert torch.equal(torch.rand(1), right)
+
+
+def test_a_step_that_changes_its_batch_does_not_change_one_devices():
+    def prepare(model, gpus):
+        replicas, step = the_courses_own(sgd, F.cross_entropy)(model, gpus)
+        return replicas, lambda x, y: step(x, y.zero_())
+
+    assert instruments(examine(prepare))[0] == "against one device"
+
+
+def test_a_parameter_that_moves_and_should_not_is_named():
+    model = a_model()
+    model[0].requires_grad_(False)
+
+    def prepare(model, gpus):
+        return the_courses_own(sgd, F.cross_entropy)(model.requires_grad_(True), gpus)
+
+    assert "0.weight: it has moved, and the other has not" in str(examine(prepare, model))
+
+
 def test_the_courses_own_step_is_healthy():
     assert examine(the_courses_own(sgd, F.cross_entropy)).is_healthy
 

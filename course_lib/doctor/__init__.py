@@ -112,11 +112,13 @@ def examine(
     """Train with your step and, beside it, on the host alone, and compare after every batch.
 
     Args:
-        model: on the host; it stays as it is. Where it has dropout, one device draws other numbers
-            than yours, and there is no comparison with it: take dropout out for that.
+        model: on the host; it stays as it is. Where it draws random numbers, as dropout does, one
+            device draws others than yours, and no parameters are compared with its: take dropout
+            out for that.
         prepare: makes of a model and devices the replicas, and a function that trains them on a
             batch. A model that is spread over the devices is one replica.
-        batches: pairs of inputs and targets, on the host. Three or four are enough for most.
+        batches: pairs of inputs and targets, on the host; your step is given copies. Four are
+            enough for most, and what grows in memory is not seen in fewer.
         loss_function: the mean loss, as one device would use it on the whole batch.
         make_optimizer: as one device would use it.
         gpus: virtual or real.
@@ -129,9 +131,7 @@ def examine(
     Raises:
         ValueError: ``prepare`` made no replicas, or of another model; or there are no batches.
     """
-    reference = None
-    if not shuffles and not _throws_dice(model):
-        reference = Alone(model, loss_function, make_optimizer, alone)
+    reference = None if shuffles else Alone(model, loss_function, make_optimizer, alone)
     replicas, step = prepare(deepcopy(model), gpus)
     names = [name for name, _ in model.named_parameters()]
     if not replicas or [name for name, _ in replicas[0].named_parameters()] != names:
@@ -159,7 +159,3 @@ def _without_what_was_there() -> Iterator[None]:
     finally:
         if not is_frozen:
             gc.unfreeze()
-
-
-def _throws_dice(model: nn.Module) -> bool:
-    return any(isinstance(each, nn.Dropout) and each.p > 0 for each in model.modules())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -26,15 +27,19 @@ class State:
 
     Attributes:
         parameters, buffers: by name.
-        norm: of all gradients together, as the step left them.
+        gradients: the norm of each that the step left, by the name of its parameter.
+        norm: of all gradients together.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = _on_host(model.named_parameters())
         self.buffers = _on_host(model.named_buffers())
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        squares = [gradient.detach().cpu().double().square().sum() for gradient in gradients]
-        self.norm = torch.stack(squares).sum().sqrt().item() if squares else 0.0
+        self.gradients = {
+            name: parameter.grad.detach().cpu().double().norm().item()
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
+        self.norm = math.hypot(*self.gradients.values())
 
 
 def _on_host(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -103,14 +108,14 @@ def watch(
     """
     for x, y in batches:
         with _listening(replicas) as (inputs, outputs), trace() as recording:
-            returned = step(x, y)
+            returned = step(x.clone(), y.clone())  # what it does to them is not for the other
         if alone is not None:
             alone.step(x, y)
         masks = [[(x.cpu() != 0, y.cpu() != 0) for x, y in pairs] for pairs in outputs]
         run.moments.append(
             Moment(
                 [State(replica) for replica in replicas],
-                State(alone.model) if alone is not None else None,
+                State(alone.model) if alone is not None and not alone.threw_dice else None,
                 alone.flops if alone is not None else 0.0,
                 recording,
                 [[each.detach().cpu() for each in given] for given in inputs],
@@ -131,6 +136,7 @@ class Alone:
     Attributes:
         model: the copy.
         flops: of the matrix products in the last step.
+        threw_dice: whether a step so far drew random numbers; others than yours, then.
     """
 
     def __init__(
@@ -141,16 +147,20 @@ class Alone:
         make_step: Callable[[nn.Module], Step] | None,
     ) -> None:
         self.model = deepcopy(model)
-        self.flops = 0.0
+        self.flops, self.threw_dice = 0.0, False
         self._loss_function = loss_function
         self._step = make_step(self.model) if make_step else self._plain
         self._optimizer = None if make_step else make_optimizer(self.model.parameters())
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """One step on a batch."""
+        dice = torch.default_generator.get_state()
         with FlopCounterMode(display=False) as counter:
             self._step(x, y)
         self.flops = float(counter.get_total_flops())
+        if not torch.equal(torch.default_generator.get_state(), dice):
+            self.threw_dice = True
+            torch.default_generator.set_state(dice)  # as if it had not been here
 
     def _plain(self, x: Tensor, y: Tensor) -> None:
         assert self._optimizer is not None

@@ -19,6 +19,7 @@ from course_lib.doctor import INSTRUMENTS, Report
 from course_lib.doctor.watching import Prepare, Step
 from course_lib.exercises.broken.cases import CASES
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
+from course_lib.parallel.collectives import all_reduce_bytes
 from course_lib.parallel.kinds import Devices
 
 # The cases that the lesson itself works through.
@@ -51,14 +52,18 @@ def program_text(program: Prepare) -> str:
 
 
 def _check(
-    name: str, *conditions: Callable[[Report], None], restarts: bool = False
+    name: str, *conditions: Callable[[Report], None], prepared: Callable | None = None
 ) -> Callable[..., Verdict]:
-    """The check of one case, with what else must be true of a program that is right."""
-    prepared = _restarted if restarts else _prepared
+    """The check of one case, with what else must be true of a program that is right.
+
+    Args:
+        conditions: asked of the report of a program in which no instrument finds anything.
+        prepared: calls the program and looks at what it returns; by default, that it is a pair.
+    """
 
     @check
     def check_program(program: Prepare) -> Verdict:
-        report = CASES[name].examine(partial(prepared, program))
+        report = CASES[name].examine(partial(prepared or _prepared, program))
         _require_silence(report)
         for condition in (_require_learning, _require_all_at_work, *conditions):
             condition(report)
@@ -73,14 +78,34 @@ def _check(
 def _prepared(
     program: Prepare, model: nn.Module, gpus: Devices
 ) -> tuple[Sequence[nn.Module], Step]:
+    names = [name for name, _ in model.named_parameters()]
     pair = program(model, gpus)
     is_pair = isinstance(pair, tuple | list) and len(pair) == 2 and callable(pair[1])
-    if not is_pair or isinstance(pair[1], nn.Module):
+    if not is_pair or isinstance(pair[1], nn.Module) or not isinstance(pair[0], tuple | list):
         raise Wrong("return the replicas and the step, as the program did.")
-    names = [name for name, _ in model.named_parameters()]
-    if not pair[0] or [name for name, _ in pair[0][0].named_parameters()] != names:
-        raise Wrong("return models with the parameters of the one that you were given.")
+    for replica in pair[0] or [None]:
+        is_model = isinstance(replica, nn.Module)
+        if not is_model or [name for name, _ in replica.named_parameters()] != names:
+            raise Wrong("return models with the parameters of the one that you were given.")
     return pair
+
+
+def _in_one_row(
+    program: Prepare, model: nn.Module, gpus: Devices
+) -> tuple[Sequence[nn.Module], Step]:
+    """The program, in which the first layer's parameters must be parts of one row."""
+    replicas, step = _prepared(program, model, gpus)
+    for rank, replica in enumerate(replicas):
+        places = {
+            parameter.untyped_storage().data_ptr()
+            for parameter in replica[0].parameters()  # type: ignore[index]
+        }
+        if len(places) > 1:
+            raise Wrong(
+                f"the first layer's weight and bias of rank {rank} are not parts of one row: "
+                "the row should stay."
+            )
+    return replicas, step
 
 
 def _restarted(
@@ -165,6 +190,38 @@ def _require_cutting(report: Report) -> None:
         raise Wrong("as much is multiplied as with all the padding: each part should be cut.")
 
 
+def _require_microbatches(report: Report) -> None:
+    t = report.run.now.recording
+    for index in range(t.device_count):
+        products = sum(bool(span.flops) for span in t.spans if index in span.devices)
+        if products < 2 * 4:  # a layer takes two for each microbatch, or three
+            raise Wrong(
+                f"{t.name_of(index)} took {products} products for a step, and four microbatches "
+                "take 8 at least: they should stay."
+            )
+
+
+def _require_halves(report: Report) -> None:
+    t = report.run.now.recording
+    operations = [
+        sum(span.flops for span in t.spans if index in span.devices)
+        for index in range(t.device_count)
+    ]
+    if max(operations) > 1.01 * min(operations):
+        shares = ", ".join(f"{each / sum(operations):.0%}" for each in operations)
+        raise Wrong(f"the GPUs' shares of the products are {shares}: each should have half.")
+
+
+def _require_travelling_keys(report: Report) -> None:
+    gradients = sum(each.nbytes for each in report.run.start.parameters.values())
+    sent = report.run.now.recording.bytes_between_devices
+    if sent <= all_reduce_bytes(len(report.run.now.replicas), gradients):
+        raise Wrong(
+            "nothing but gradients is sent: each GPU should have half of the tokens, and keys "
+            "and values go round."
+        )
+
+
 def _require_side_streams(report: Report) -> None:
     if not report.run.now.recording.has_side_streams:
         raise Wrong("nothing runs on a side stream any more: the exchange should stay there.")
@@ -182,14 +239,14 @@ def _facts_of_what_it_took(report: Report) -> list[tuple[str, str, str]]:
 check_short_passages = _check("short_passages")
 check_four_pieces = _check("four_pieces", _require_pieces)
 check_clipped = _check("clipped")
-check_one_row = _check("one_row")
+check_one_row = _check("one_row", prepared=_in_one_row)
 check_thawed = _check("thawed")
-check_moved = _check("moved", restarts=True)
+check_moved = _check("moved", prepared=_restarted)
 check_with_dropout = _check("with_dropout", _require_dropout)
 check_epochs = _check("epochs", _require_epochs)
 check_recomputed = _check("recomputed", _require_recomputation)
-check_microbatches = _check("microbatches")
-check_split_layers = _check("split_layers")
-check_long_passages = _check("long_passages")
+check_microbatches = _check("microbatches", _require_microbatches)
+check_split_layers = _check("split_layers", _require_halves)
+check_long_passages = _check("long_passages", _require_travelling_keys)
 check_side_streams = _check("side_streams", _require_side_streams)
 check_by_length = _check("by_length", _require_cutting)

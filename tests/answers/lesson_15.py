@@ -15,7 +15,8 @@ from course_lib import current_stream
 from course_lib.exercises import lesson_15
 from course_lib.exercises.broken.cases import CASES
 from course_lib.exercises.lesson_15 import program_text
-from course_lib.parallel.data_parallel import all_reduce_gradients, train_step
+from course_lib.models import next_token_loss
+from course_lib.parallel.data_parallel import all_reduce_gradients, split_batch, train_step
 from course_lib.parallel.gradient_norm import clip_gradients
 from course_lib.parallel.seeds import seed_device, seed_ranks
 from course_lib.parallel.sequence_order import positions
@@ -109,12 +110,7 @@ SHORT.right(
 @SHORT.right
 def the_courses_own_step(model, gpus):
     replicas, _ = CASES["short_passages"].program(model, gpus)
-    from torch.optim import SGD
-
-    from course_lib.models import next_token_loss
-    from course_lib.parallel.data_parallel import split_batch
-
-    optimizers = [SGD(replica.parameters(), lr=1.0) for replica in replicas]
+    optimizers = [torch.optim.SGD(replica.parameters(), lr=1.0) for replica in replicas]
 
     def step(x, y):
         xs, ys = split_batch(x, gpus), split_batch(y, gpus)
@@ -197,6 +193,18 @@ ROW.right(
         NEW, "layer.weight.data, layer.bias.data = weight.view_as(layer.weight), bias"
     ))
 )  # fmt: skip
+ROW.wrong("the row should stay")(
+    changed("one_row", "no row", (
+        "layer = replica[0]  # its weight and bias become parts of one row", "continue"
+    ))
+)  # fmt: skip
+
+
+@ROW.wrong("models with the parameters")
+def numbers_for_replicas(model, gpus):
+    return [1, 2, 3], print
+
+
 ROW.right(changed("one_row", "new optimizers", (ROW_STEP, f"{MADE}\n\n{ROW_STEP}")))
 
 THAWED = exercise("thawed", "after step 3", "against one device")
@@ -347,6 +355,20 @@ BACK = "loss.backward()"
 MICRO.wrong("gradient norm", "2x")(
     changed("microbatches", "divided by the stages", (BACK, "(loss / len(gpus)).backward()"))
 )
+MICRO.wrong("four microbatches")(
+    changed("microbatches", "in one piece", ("    count = 4", "    count = 1"))
+)
+MICRO.wrong("four microbatches")(
+    changed(
+        "microbatches",
+        "in two pieces",
+        ("    count = 4", "    count = 2"),
+        (BACK, "(loss / count).backward()"),
+    )
+)
+MICRO.right(changed("microbatches", "one backward", (
+    "for loss in losses:\n    loss.backward()", "(sum(losses) / count).backward()"
+)))  # fmt: skip
 MICRO.right(
     changed(
         "microbatches", "in backward", (BACK, "loss.backward(torch.tensor(1 / count).to(gpus[1]))")
@@ -363,6 +385,27 @@ PART = "part = F.linear(h, down.weight, model.bias.to(gpu))"
 LAYERS.wrong("against one device", "bias")(
     changed("split_layers", "no bias", (PART, "part = F.linear(h, down.weight)"))
 )
+
+
+@LAYERS.wrong("each should have half")
+def a_layer_each(model, gpus):
+    for up, down in zip(model.ups, model.downs, strict=True):
+        up.to(gpus[0]), down.to(gpus[1])
+    model.bias.data = model.bias.data.to(gpus[1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(x, y):
+        optimizer.zero_grad()
+        hs = [up(x.to(gpus[0])).relu() for up in model.ups]
+        parts = [down(h.to(gpus[1])) for down, h in zip(model.downs, hs, strict=True)]
+        loss = nn.functional.cross_entropy(sum(parts) + model.bias, y.to(gpus[1]))
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return [model], step
+
+
 LAYERS.right(
     changed("split_layers", "a part of the bias each", (
         PART, "part = F.linear(h, down.weight, model.bias.to(gpu) / len(gpus))"
@@ -379,6 +422,20 @@ RING = "ring_attention(qs, ks, vs, causal=True)"
 LONG.wrong("against one device")(
     changed("long_passages", "no mask at all", (RING, "ring_attention(qs, ks, vs, causal=False)"))
 )
+
+
+@LONG.wrong("half of the tokens")
+def data_parallelism(model, gpus):
+    replicas, _ = CASES["long_passages"].program(model, gpus)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.5) for each in replicas]
+
+    def step(x, y):
+        xs, ys = split_batch(x, gpus), split_batch(y, gpus)
+        return train_step(replicas, optimizers, xs, ys, next_token_loss)
+
+    return replicas, step
+
+
 LONG.right(
     changed("long_passages", "dealt in zigzag", (
         "places = torch.arange(x.shape[1]).chunk(len(gpus))  # whose tokens are where",
@@ -406,6 +463,15 @@ SIDES.wrong("waits")(
         "side_streams", "joined too early", (BESIDE, "sides.join()\n" + textwrap.dedent(BESIDE))
     )
 )
+
+
+@SIDES.wrong("against one device")
+def spoiling_the_targets(model, gpus):
+    """As if one device beside it would then learn the same."""
+    replicas, step = CASES["side_streams"].program(model, gpus)
+    return replicas, lambda x, y: step(x, y.zero_())
+
+
 SIDES.right(
     changed(
         "side_streams", "joined for each", (BESIDE, textwrap.dedent(BESIDE) + "    sides.join()")
