@@ -17,6 +17,7 @@ from course_lib.doctor.instruments import _off
 from course_lib.exercises.broken.batches import points
 from course_lib.exercises.broken.cases import CASES, sgd
 from course_lib.exercises.lesson_15 import WORKED, draw, program_text
+from course_lib.explorers.lesson_15 import explore_broken
 from course_lib.models import MLP
 from course_lib.parallel.proof import largest_difference
 from notebook_tools import NOTEBOOKS, Exercise, exercises
@@ -168,3 +169,13 @@ def test_a_model_with_dropout_is_not_compared_with_one_device() -> None:
     report = doctor.examine(model, prepare, points(1), nn.functional.cross_entropy, sgd(), gpus)
     assert report.run.now.alone is None
     assert str(report) == "1 step(s): nothing found, and no comparison with one device."
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio"), [("recomputed", 0.76), ("split_layers", 0.89), ("short_passages", 0.98)]
+)
+def test_curves_that_are_lower_than_they_should_be(name: str, ratio: float) -> None:
+    """As the answer below the lesson's explorer says."""
+    losses, _ = explore_broken()._draw(program=name, instrument="memory").axes
+    broken, alone = (line.get_ydata()[-1] for line in losses.lines)
+    assert broken / alone == pytest.approx(ratio, abs=0.01)

@@ -196,6 +196,12 @@ def test_a_step_that_changes_its_batch_does_not_change_one_devices():
     assert instruments(examine(prepare))[0] == "against one device"
 
 
+def test_a_forgotten_weight_decay_is_less_than_the_tolerance():
+    """A blind spot that the doctor's docstring names."""
+    without = the_courses_own(lambda parameters: AdamW(parameters, weight_decay=0), F.cross_entropy)
+    assert examine(without, make_optimizer=AdamW).is_healthy
+
+
 def test_a_parameter_that_moves_and_should_not_is_named():
     model = a_model()
     model[0].requires_grad_(False)

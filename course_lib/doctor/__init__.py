@@ -12,8 +12,9 @@ sees everything that can be wrong; here twelve of them are read after every step
 
     print(doctor.examine(model, prepare, batches, loss, torch.optim.AdamW, gpus))
 
-A finding is a reading, and not yet a cause; but it says where to look first. Lesson 15 goes from
-readings to causes.
+What is off by less than a hundredth of the way that a parameter has gone counts as rounding: a
+forgotten weight decay, after four steps, is less. A finding is a reading, and not yet a cause; but
+it says where to look first. Lesson 15 goes from readings to causes.
 """
 
 from __future__ import annotations

@@ -54,9 +54,10 @@ def as_on_one_device(run: Run) -> str | None:
         return None
     name, off = next(iter(wrong.items()))
     worst = max(wrong, key=lambda name: wrong[name])
+    also = f"; the worst {worst}: {_in_words(wrong[worst])}" if worst != name else ""
     return (
         f"{len(wrong)} of {len(right)} parameters are not one device's, the first of them {name}: "
-        f"{_in_words(off)}; the worst {worst}: {_in_words(wrong[worst])}"
+        f"{_in_words(off)}{also}"
     )
 
 

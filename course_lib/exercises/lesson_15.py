@@ -111,16 +111,16 @@ def _in_one_row(
 def _restarted(
     program: Prepare, model: nn.Module, gpus: Devices
 ) -> tuple[Sequence[nn.Module], Step]:
-    """The program, which must save or exchange its models before the third step is done."""
+    """The program, whose third step must read what was saved, or train other models."""
     replicas, step = _prepared(program, model, gpus)
-    first, saved, steps = replicas[0], [], 0
-    first.register_state_dict_pre_hook(lambda module, prefix, keep_vars: saved.append(module))
+    first, read, steps = replicas[0], [], 0
+    first.register_load_state_dict_pre_hook(lambda module, *arguments: read.append(module))
 
     def watched(x: Tensor, y: Tensor) -> object:
         nonlocal steps
         steps += 1
         loss = step(x, y)
-        if steps == 3 and not saved and replicas[0] is first:
+        if steps == 3 and not read and replicas[0] is first:
             raise Wrong("nothing is saved and read any more: the restart should stay.")
         return loss
 

@@ -207,6 +207,13 @@ def numbers_for_replicas(model, gpus):
 
 ROW.right(changed("one_row", "new optimizers", (ROW_STEP, f"{MADE}\n\n{ROW_STEP}")))
 
+ROW.right(
+    changed("one_row", "both added to the old optimizers", (
+        ROW_STEP, "for replica, optimizer in zip(replicas, optimizers):\n"
+        "    optimizer.add_param_group({'params': list(replica[0].parameters())})\n\n" + ROW_STEP,
+    ))
+)  # fmt: skip
+
 THAWED = exercise("thawed", "after step 3", "against one device")
 REDUCED = "reduced = [copies for copies in parameter_copies(replicas) if copies[0].requires_grad]"
 REDUCE = """
@@ -243,6 +250,15 @@ MOVED.wrong("after step 3", "against one device")(
 )
 MOVED.wrong("the restart should stay")(
     changed("moved", "no restart", ("if steps == 3:", "if steps == 0:"))
+)
+MOVED.wrong("the restart should stay")(
+    changed(
+        "moved",
+        "saved and never read",
+        ("replicas[:] = replicate(model, gpus)", "pass"),
+        ('for replica in replicas:\n    replica.load_state_dict(saved["model"])', "pass"),
+        (AGAIN, "pass"),
+    )
 )
 MOVED.right(
     changed(
@@ -481,6 +497,12 @@ SIDES.right(
     changed("side_streams", "with events", (
         BESIDE, textwrap.dedent(BESIDE) + "for gpu, done in zip(gpus, sides.record_events()):\n"
         "    done.wait(current_stream(gpu))",
+    ))
+)  # fmt: skip
+
+SIDES.right(
+    changed("side_streams", "the host waits", (
+        BESIDE, textwrap.dedent(BESIDE) + "for gpu in gpus:\n    torch.vgpu.synchronize(gpu)"
     ))
 )  # fmt: skip
 

@@ -175,7 +175,7 @@ CASES: dict[str, Case] = {
     ),
     "recomputed": Case(
         chance.recomputed,
-        "evaluation is a little off, training is not",
+        "evaluation is off, training is not",
         "a layer that keeps statistics is computed twice",
         make_model=lambda: nn.Sequential(
             nn.Linear(16, 32), nn.ReLU(), nn.BatchNorm1d(32), nn.Linear(32, 4)

@@ -90,7 +90,7 @@ def side_streams(model, gpus):
 
 
 def by_length(model, gpus):
-    """Deals out passages by length, and so one rank most of the work: lightseekorg/TorchSpec#13."""
+    """Deals out passages by length, and so one rank most of the work: Tencent-Hunyuan/UniRL#45."""
     replicas = replicate(model, gpus)
     optimizers = [SGD(replica.parameters(), lr=1.0) for replica in replicas]
 
