@@ -1,6 +1,7 @@
 """Checks of lesson 15: a program is mended when no instrument finds anything, and nothing is lost.
 
-What is not mended is answered with a reading, as an instrument shows it, and not with the cause.
+What is not mended is answered with a reading, as an instrument shows it, and not with the cause:
+that comes when it is right, for the learner to compare with what they wrote down.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def _check(
         for condition in (_require_learning, _require_all_at_work, *conditions):
             condition(report)
         return right(
-            f"{report.steps} steps, and no instrument finds anything.",
+            f"{report.steps} steps, and no instrument finds anything. The cause was: "
+            f"{CASES[name].cause}.",
             _facts_of_what_it_took(report),
         )
 
