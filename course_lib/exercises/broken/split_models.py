@@ -91,7 +91,7 @@ def split_layers(model, gpus):
 
 
 def long_passages(model, gpus):
-    """Takes a sequence in plain order for one in zigzag order: modelscope/ms-swift#10071."""
+    """Takes plain order for zigzag order: feifeibear/long-context-attention#53."""
     replicas = replicate(model, gpus)
     optimizers = [SGD(replica.parameters(), lr=0.5) for replica in replicas]
 
