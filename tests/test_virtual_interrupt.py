@@ -155,3 +155,35 @@ def test_an_interrupt_ends_a_sleep():
         "time.sleep(3600)\n"
     )
     assert result.stderr.endswith("KeyboardInterrupt\n")
+
+
+def test_an_interrupt_that_comes_while_a_weak_dictionary_forgets_is_not_lost():
+    # The profiler is called at the beginning of every function: of the one that forgets, too.
+    result = run(
+        "import signal, sys, weakref, course_lib\n"
+        "course_lib.devices(1)\n"
+        "class Thing:\n"
+        "    pass\n"
+        "lost = []\n"
+        "sys.unraisablehook = lambda info: lost.append((info.exc_value, info.object))\n"
+        "def interrupt_when_it_forgets(frame, event, argument):\n"
+        "    if event == 'call' and frame.f_code.co_name in ('remove', '_remove'):\n"
+        "        sys.setprofile(None)\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "def forget(kind):\n"
+        "    thing, weak = Thing(), kind()\n"
+        "    weak.add(thing) if kind is weakref.WeakSet else weak.__setitem__(\n"
+        "        *(('name', thing) if kind is weakref.WeakValueDictionary else (thing, 'name')))\n"
+        "    sys.setprofile(interrupt_when_it_forgets)\n"
+        "    del thing\n"
+        "    for _ in range(100):\n"
+        "        pass\n"
+        "    return 'no interrupt'\n"
+        "for kind in (weakref.WeakKeyDictionary, weakref.WeakSet, weakref.WeakValueDictionary):\n"
+        "    try:\n"
+        "        print(kind.__name__, forget(kind), lost)\n"
+        "    except KeyboardInterrupt:\n"
+        "        assert not lost, lost\n"
+        "        print('interrupted')\n"
+    )
+    assert result.stdout.endswith(3 * "interrupted\n"), result.stdout + result.stderr

@@ -6,7 +6,8 @@ a program's handler of SIGALRM its ``TimeoutError``. In three kinds of places th
 * PyTorch's C++ code asks the device guard, written in Python, from functions that must not fail:
   an error there ends the process. pybind11 looks the guard's method up, lets Python handle signals
   (``PyObject_Str`` does), then calls the method, and all of that must pass undisturbed;
-* in a destructor Python prints the error and goes on, so that the interrupt is lost;
+* in a destructor, and where a weak dictionary forgets what has died, Python prints the error and
+  goes on, so that the interrupt is lost;
 * the few lines that count bytes must run to their end.
 
 So every handler that is a function is put behind one that calls it, except in those places. There
@@ -28,12 +29,15 @@ from collections.abc import Callable
 from functools import wraps
 from types import CodeType, FrameType
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 from course_lib.virtual.memory import Allocation, Memory
 
 _uninterrupted: set[CodeType] = {
     function.__code__ for function in (Memory.allocate, Allocation.__init__, Allocation.__del__)
 }
+_weak: list[Any] = [WeakKeyDictionary(), WeakSet(), WeakValueDictionary()]
+_uninterrupted.update(each._remove.__code__ for each in _weak)
 
 
 class _Cpp:
