@@ -16,29 +16,54 @@ from course_lib.exercises.verdict import Verdict, Wrong, check, right
 
 # -------------------------------------------------------------------------- 1. who stops when?
 
-# The loss of each rank after each step; the mean is 9, 7, 6, 5, 5, 6, ...: five steps.
+# The loss of each rank after each step, and after how many the mean no longer falls. In the first
+# case other rules, which a learner might write first, stop elsewhere; the second one takes another
+# number of steps, so that none can be written into an answer.
 _LOSSES = [
-    [9.0, 7.0, 8.0, 5.0, 4.0, 6.0, 7.0, 7.0],
-    [9.0, 8.0, 5.0, 6.0, 6.5, 6.0, 7.0, 7.0],
-    [9.0, 6.0, 5.0, 4.0, 4.5, 6.0, 7.0, 7.0],
+    [9.5, 7.5, 11.5, 8.5, 7.5, 10.0, 12.0, 4.5, 4.5],
+    [11.5, 11.5, 5.0, 4.5, 6.0, 3.0, 11.5, 10.0, 11.5],
+    [12.0, 11.0, 10.5, 11.0, 7.5, 8.0, 3.5, 7.0, 6.5],
 ]
-_STEPS = 5
+_OTHER_LOSSES = [[5.0, 3.0, 4.0, 4.0, 5.0, 6.0, 7.0], [5.0, 5.0, 4.0, 4.0, 5.0, 6.0, 7.0]]
+_STOP_CASES = [(_LOSSES, 6), (_OTHER_LOSSES, 3)]
+# What stops after so many steps of the first case.
+_STOP_MISTAKES = {
+    2: "That is when the first rank's own loss no longer falls. ",
+    3: "That is when the loss of rank 0 alone no longer falls, or the largest of all. ",
+    4: "That is when most ranks' own losses no longer fall. ",
+    5: "That is when the smallest of all losses no longer falls. ",
+    7: "A mean that equals the best is not below it. ",
+    9: "That is when no rank's own loss falls any longer. ",
+}
+_GRADIENT = 30  # numbers that the ranks exchange in a step
 
 
 @check
 def check_stop(train: Callable[[Callable[[], None], Callable[[], Tensor]], None]) -> Verdict:
     """Graded on the step after which each rank stops, and on the numbers exchanged for it."""
-    with hardware.fresh_devices(len(_LOSSES)) as gpus:
+    facts = [_judge_stop(train, losses, wanted) for losses, wanted in _STOP_CASES]
+    return right("all ranks stop together, after the step that they agree on.", facts[0])
+
+
+def _judge_stop(
+    train: Callable[[Callable[[], None], Callable[[], Tensor]], None],
+    losses: list[list[float]],
+    wanted: int,
+) -> Facts:
+    count = len(losses)
+    with hardware.fresh_devices(count) as gpus:
 
         def count_steps() -> int:
-            mine, steps = _LOSSES[dist.get_rank()], 0
-            gradient = torch.ones(30, device="vgpu")
+            mine, steps = losses[dist.get_rank()], 0
+            gradient = torch.ones(_GRADIENT, device="vgpu")
 
             def step() -> None:
                 nonlocal steps
                 steps += 1
                 if steps > len(mine):
-                    raise Wrong("it trains on and on: after eight steps no rank has stopped.")
+                    raise Wrong(
+                        f"it trains on and on: no rank has stopped after {len(mine)} steps."
+                    )
                 dist.all_reduce(gradient)
 
             def loss() -> Tensor:
@@ -49,31 +74,27 @@ def check_stop(train: Callable[[Callable[[], None], Callable[[], Tensor]], None]
 
         with timeline.trace() as t:
             steps = on_ranks(count_steps, gpus)
-        sent = [t.bytes_sent(gpu) - taken * 160 for gpu, taken in zip(gpus, steps, strict=True)]
+        a_step = 2 * (count - 1) * 4 * _GRADIENT // count
+        sent = [t.bytes_sent(gpu) - taken * a_step for gpu, taken in zip(gpus, steps, strict=True)]
+    if not any(steps):
+        raise Wrong("no rank has called step().")
     facts = [
-        ("steps of each rank", ", ".join(map(str, steps)), f"{_STEPS} each"),
+        ("steps of each rank", ", ".join(map(str, steps)), f"{wanted} each"),
         ("most bytes sent for it, a step", f"{max(sent) / max(steps):g}", "at most 8"),
     ]
     if len(set(steps)) > 1:
         raise Wrong("the ranks stop after different steps.", facts)
-    if steps[0] != _STEPS:
+    if steps[0] != wanted:
+        means = [f"{sum(each) / count:g}" for each in zip(*losses, strict=True)][: wanted + 1]
+        mistake = _STOP_MISTAKES.get(steps[0], "") if losses is _LOSSES else ""
         raise Wrong(
-            f"all stop together, after {steps[0]} steps. {_stop_mistake(steps[0])}The means are 9, "
-            f"7, 6, 5, 5, 6: it should be after {_STEPS}.",
+            f"all stop together, after step {steps[0]}. {mistake}The means are {', '.join(means)}: "
+            f"it should be after step {wanted}.",
             facts,
         )
     if max(sent) > 8 * max(steps):
         raise Wrong("more is exchanged than one number from each rank in a step.", facts)
-    return right("all ranks stop together, after the step that they agree on.", facts)
-
-
-def _stop_mistake(steps: int) -> str:
-    """What stopping after so many steps looks like; "" if it is no mistake that is known."""
-    return {
-        3: "That is when the loss of rank 0 alone no longer falls. ",
-        4: "That is when the loss of rank 1 alone no longer falls. ",
-        6: "A mean that equals the best is not below it. ",
-    }.get(steps, "")
+    return facts
 
 
 # ---------------------------------------------------------------------- 2. pass on by k places
@@ -86,7 +107,11 @@ _SHIFTS = (
 )
 _NUMBERS = 100_000  # in a message
 # What does not wait, or does it all.
-_OTHERS = ("isend", "irecv", "P2POp", "all_gather", "all_to_all", "broadcast", "all_reduce")
+_OTHERS = (
+    *("isend", "irecv", "P2POp", "broadcast", "scatter", "gather", "reduce", "all_reduce"),
+    *("all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all"),
+    *("all_to_all_single", "reduce_scatter", "reduce_scatter_tensor"),
+)
 
 
 @check
@@ -111,27 +136,29 @@ def _messages_time(shift: Callable[[Tensor, int], Tensor], count: int, places: i
         Wrong: it is wrong, or takes too long.
     """
 
-    def once() -> tuple[Tensor, bool, bool]:
-        x = torch.full((_NUMBERS,), float(dist.get_rank()), device="vgpu")
+    given = torch.randn(count, _NUMBERS)
+
+    def once() -> tuple[Tensor, bool]:
+        x = xs[dist.get_rank()]
         found = shift(x, places)
-        is_x = isinstance(found, Tensor) and found.data_ptr() == x.data_ptr()
-        return found, bool((x == dist.get_rank()).all()), is_x
+        return found, isinstance(found, Tensor) and found.data_ptr() == x.data_ptr()
 
     only = "use dist.send and dist.recv alone: these wait, which is what it is about."
     with hardware.fresh_devices(count) as gpus:
+        xs = [own.to(gpu) for own, gpu in zip(given, gpus, strict=True)]
         with timeline.trace() as t, without(_OTHERS, only):
-            found, kept, same = zip(*on_ranks(once, gpus), strict=True)
+            found, same = zip(*on_ranks(once, gpus), strict=True)
         if any(each is None for each in found):
             raise Wrong("a rank gets None: is a return statement missing?")
         require_tensors(list(found), [(_NUMBERS,)] * count)
-        values = [float(each[0]) for each in found]
-    if not all(kept):
+        arrived, kept = [each.cpu() for each in found], [x.cpu() for x in xs]
+    if not torch.equal(torch.stack(kept), given):
         raise Wrong("x changed, and should stay as it is.")
     if any(same):
         raise Wrong("what you return is x itself: return a tensor of its own.")
-    wanted = [float((rank - places) % count) for rank in range(count)]
-    if values != wanted:
-        raise Wrong(_shift_mistake(values, wanted, places))
+    wanted = [(rank - places) % count for rank in range(count)]
+    if not all(torch.equal(a, given[source]) for a, source in zip(arrived, wanted, strict=True)):
+        raise Wrong(_shift_mistake(arrived, given, places))
     rounds = t.seconds / (_NUMBERS * 4 / CLASSROOM.link_bandwidth)
     if rounds > 3.5:
         raise Wrong(
@@ -142,15 +169,18 @@ def _messages_time(shift: Callable[[Tensor, int], Tensor], count: int, places: i
     return rounds
 
 
-def _shift_mistake(values: list[float], wanted: list[float], places: int) -> str:
-    count = len(values)
-    if values == [float((rank + places) % count) for rank in range(count)]:
+def _shift_mistake(arrived: list[Tensor], given: Tensor, places: int) -> str:
+    count = len(arrived)
+    sources = [
+        next((rank for rank in range(count) if torch.equal(each, given[rank])), None)
+        for each in arrived
+    ]
+    if sources == [(rank + places) % count for rank in range(count)]:
         return "the tensors travel the other way round."
-    rank = next(r for r in range(count) if values[r] != wanted[r])
-    return (
-        f"rank {rank} should end up with the tensor of rank {wanted[rank]:g}, and has "
-        f"{values[rank]:g} in it."
-    )
+    wanted = [(rank - places) % count for rank in range(count)]
+    rank = next(rank for rank in range(count) if sources[rank] != wanted[rank])
+    found = "something else" if sources[rank] is None else f"that of rank {sources[rank]}"
+    return f"rank {rank} should end up with the tensor of rank {wanted[rank]}, and has {found}."
 
 
 # ----------------------------------------------------------- 3. a layer that one rank did not use
@@ -186,6 +216,8 @@ def check_unused(average_gradients: Callable[[list[nn.Parameter]], None]) -> Ver
     facts = [("most bytes sent by one rank", format_bytes(sent), f"at most {format_bytes(most)}")]
     for rank, own in enumerate(found):
         _judge_gradients(rank, own, values, facts)
+    if sent < int(ring * travels):
+        raise Wrong("the gradients are right, and do not travel from GPU to GPU.", facts)
     if sent > most:
         raise Wrong("more travels than the gradients in use and a few numbers.", facts)
     return right("all ranks made the same calls, though they did not use the same layers.", facts)
@@ -208,6 +240,9 @@ def _judge_gradients(
             continue
         if gradient is None:
             raise Wrong(f"{where} has no gradient, and another rank used it.", facts)
+        if gradient.shape != parameter.shape:
+            shapes = f"{tuple(gradient.shape)}, and should have {tuple(parameter.shape)}"
+            raise Wrong(f"the gradient of {where} has the shape {shapes}.", facts)
         require_finite([gradient], f"the gradient of {where}")
         used = torch.tensor([float(each[i]) for each in _USED])
         total = torch.tensordot(used, value, 1)

@@ -112,6 +112,9 @@ def judge_turns(by_turns: Callable[[Stage, int], None], count: int, m: int) -> F
         ]
         _judge_steps(stages, m, facts)
         parameters = [p for stage in stages for p in stage.layers.parameters()]
+        for ours, given in zip(parameters, layers.parameters(), strict=True):
+            if not torch.equal(ours.cpu(), given):
+                raise Wrong("a parameter changed: only gradients are to be made.", facts)
         for ours, gradient in zip(parameters, wanted, strict=True):
             if not torch.allclose(gradient_of(ours).cpu(), gradient, atol=1e-6):
                 raise Wrong(

@@ -61,12 +61,12 @@ def rank_0_has_the_mean_and_tells_it(step, loss):
     until(step, loss, agree)
 
 
-@STOP.wrong("a deadlock", "rank 0 has ended", "all_reduce", "step()")
+@STOP.wrong("a deadlock", "rank 1 has ended", "all_reduce", "step()")
 def as_it_stands(step, loss):
     until(step, loss, lambda now: now.item())
 
 
-@STOP.wrong("a deadlock", "rank 0 has ended", "step()")
+@STOP.wrong("a deadlock", "rank 1 has ended", "step()")
 def a_barrier_in_each_round(step, loss):
     def agree(now):
         dist.barrier()
@@ -75,7 +75,7 @@ def a_barrier_in_each_round(step, loss):
     until(step, loss, agree)
 
 
-@STOP.wrong("after 3 steps", "rank 0 alone no longer falls")
+@STOP.wrong("after step 3", "rank 0 alone no longer falls")
 def rank_0_decides_for_all(step, loss):
     def agree(now):
         dist.broadcast(now, src=0)
@@ -84,7 +84,7 @@ def rank_0_decides_for_all(step, loss):
     until(step, loss, agree)
 
 
-@STOP.wrong("after 6 steps", "A mean that equals the best")
+@STOP.wrong("after step 7", "A mean that equals the best")
 def only_when_it_rises(step, loss):
     best = float("inf")
     while True:
@@ -94,6 +94,61 @@ def only_when_it_rises(step, loss):
         if now.item() > best:
             return
         best = now.item()
+
+
+def votes(step, loss, enough):
+    """Train until enough ranks see their own loss fall no longer."""
+    best = float("inf")
+    while True:
+        step()
+        now = loss()
+        falls_no_longer = (now >= best).float()
+        best = min(best, now.item())
+        dist.all_reduce(falls_no_longer)
+        if falls_no_longer.item() >= enough:
+            return
+
+
+@STOP.wrong("after step 2", "the first rank's own loss")
+def one_vote_is_enough(step, loss):
+    votes(step, loss, 1)
+
+
+@STOP.wrong("after step 4", "most ranks")
+def a_majority(step, loss):
+    votes(step, loss, dist.get_world_size() / 2)
+
+
+@STOP.wrong("after step 9", "no rank's own loss", unsaid="equals the best")
+def all_must_agree(step, loss):
+    votes(step, loss, dist.get_world_size())
+
+
+def until_the(op):
+    def train(step, loss):
+        def agree(now):
+            dist.all_reduce(now, op=op)
+            return now.item()
+
+        until(step, loss, agree)
+
+    return train
+
+
+STOP.right(until_the(dist.ReduceOp.AVG))
+STOP.wrong("after step 3", "or the largest of all")(until_the(dist.ReduceOp.MAX))
+STOP.wrong("after step 5", "the smallest of all losses")(until_the(dist.ReduceOp.MIN))
+
+
+@STOP.wrong("after step 6", "should be after step 3")
+def as_many_steps_as_the_first_case_takes(step, loss):
+    for _ in range(6):
+        step()
+
+
+@STOP.wrong("no rank has called step()", unsaid="ZeroDivisionError")
+def nothing_done(step, loss):
+    return
 
 
 @STOP.wrong("more is exchanged")
@@ -195,6 +250,26 @@ def both_at_once(x, places):
     arrived = torch.empty_like(x)
     exchange(x, (rank + places) % N, arrived, (rank - places) % N)
     return arrived
+
+
+@SHIFT.wrong("use dist.send and dist.recv alone")
+def all_to_all(x, places):
+    rank, N = dist.get_rank(), dist.get_world_size()
+    arrived, out, into = torch.empty_like(x), [0] * N, [0] * N
+    out[(rank + places) % N] = into[(rank - places) % N] = len(x)
+    dist.all_to_all_single(arrived, x, into, out)
+    return arrived
+
+
+@SHIFT.wrong("rank 0 should end up with the tensor of rank 3, and has something else")
+def the_number_that_a_lesson_s_tensor_had_in_it(x, places):
+    return torch.full_like(x, (dist.get_rank() - places) % dist.get_world_size())
+
+
+@SHIFT.wrong("rank 0 should end up with the tensor of rank 3, and has something else")
+def the_first_numbers_alone(x, places):
+    some = counted_from_the_circle_s_smallest_rank(x[:10].clone(), places)
+    return torch.cat([some, torch.zeros_like(x[10:])])
 
 
 @SHIFT.wrong("the tensors travel the other way round")
@@ -302,6 +377,42 @@ def sent_all_the_same(parameters):
             parameter.grad = None
 
 
+@UNUSED.right
+def flags_by_their_maximum(parameters):
+    used = torch.tensor([p.grad is not None for p in parameters], device="vgpu").byte()
+    dist.all_reduce(used, op=dist.ReduceOp.MAX)
+    for parameter, is_used in zip(parameters, used.tolist(), strict=True):
+        if is_used:
+            mean_of(parameter)
+
+
+@UNUSED.wrong("do not travel from GPU to GPU")
+def over_the_hosts(parameters):
+    for parameter, users in zip(parameters, users_of(parameters), strict=True):
+        if users:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradient = gradient.cpu()
+            dist.all_reduce(gradient)
+            parameter.grad = (gradient / dist.get_world_size()).to(parameter.device)
+
+
+@UNUSED.wrong("has the shape (24,)", unsaid="could not be looked at")
+def flat(parameters):
+    users_counted_in_whole_numbers(parameters)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.data = parameter.grad.flatten()
+
+
+@UNUSED.wrong("parameter 1 on rank 0 has no gradient, and another rank used it")
+def rank_0_says_which(parameters):
+    used = torch.tensor([float(p.grad is not None) for p in parameters], device="vgpu")
+    dist.broadcast(used, src=0)
+    for parameter, is_used in zip(parameters, used.tolist(), strict=True):
+        if is_used:
+            mean_of(parameter)
+
+
 @UNUSED.wrong("parameter 0 on rank 0 changed")
 def stepped(parameters):
     users_counted_in_whole_numbers(parameters)
@@ -363,6 +474,59 @@ def counted_up(stage, m):
         else:
             steps.append(("B", backwards))
             backwards += 1
+    walk(stage, steps)
+
+
+@TURNS.right
+def both_directions_in_one_batch(stage, m):
+    """As Megatron-LM does it: what crosses between two neighbours is posted together."""
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+
+    def exchanged(out, to, source):
+        ops, arrived = [], None
+        if out is not None and 0 <= to <= last:
+            ops.append(dist.P2POp(dist.isend, out, to))
+        if source is not None and 0 <= source <= last:
+            arrived = stage.empty()
+            ops.append(dist.P2POp(dist.irecv, arrived, source))
+        for work in dist.batch_isend_irecv(ops) if ops else ():
+            work.wait()
+        return arrived
+
+    up, down, ahead = rank + 1, rank - 1, min(m, last - rank)
+    for i in range(ahead):
+        x = exchanged(None, up, down)
+        exchanged(stage.forward(i, x), up, None)
+    x = exchanged(None, up, down) if ahead < m else None
+    for i in range(m):
+        out = stage.forward(ahead + i, x) if ahead + i < m else None
+        gradient = exchanged(out, up, up)
+        is_more = ahead + i + 1 < m
+        x = exchanged(stage.backward(i, gradient), down, down if is_more else None)
+
+
+@TURNS.wrong("a parameter changed")
+def a_step_of_an_optimizer(stage, m):
+    a_list_of_steps_first(stage, m)
+    with torch.no_grad():
+        for parameter in stage.layers.parameters():
+            parameter -= 0.1 * parameter.grad
+
+
+@TURNS.wrong("a gradient is not that of the batch")
+def one_buffer_for_all(stage, m):
+    buffer = stage.empty()
+    stage.empty = lambda: buffer
+    a_list_of_steps_first(stage, m)
+
+
+@TURNS.wrong("with 4 ranks and 2 microbatches: rank 0 asks for F2, and m is 2")
+def as_many_forwards_as_stages_whatever_m_is(stage, m):
+    steps = [("F", i) for i in range(behind())]
+    for i in range(m):
+        if i + behind() < m:
+            steps.append(("F", i + behind()))
+        steps.append(("B", i))
     walk(stage, steps)
 
 
