@@ -19,17 +19,18 @@ def explore_circle() -> Explorer:
     """Lesson 10: each rank passes a message on, in three orders; one of them is a deadlock."""
 
     def draw(way: str, count: int, kilobytes: int) -> Figure:
-        figure, ax = style.figure(height=2.0 + 0.45 * count)
         try:
             trace = pass_on(WAYS[way], count, kilobytes)
         except ranks.DeadlockError as error:
+            figure, ax = style.figure(height=1.0 + 0.25 * count)
             ax.set_axis_off()
             ax.set_title(f"{way}: a deadlock")
             waits = [line.strip() for line in str(error).splitlines() if " waits " in line]
             ax.text(0, 0.98, "\n".join(waits), va="top", fontsize=11)
         else:
+            figure, ax = style.figure(height=2.0 + 0.45 * count)
             what = f"{way}, {kilobytes} kB on {count} ranks"
-            trace.plot_links(ax, title=f"{what}: {trace.seconds * 1e3:.2f} ms")
+            trace.plot_links(ax, title=f"{what}: {trace.seconds * 1e3:.3g} ms")
         return figure
 
     return Explorer(
