@@ -10,8 +10,9 @@ from torch import Tensor
 
 import course_lib
 from course_lib import CLASSROOM, ETHERNET, INFINIBAND_HDR, Network, Spec, Trace
+from course_lib.hardware import fresh_devices
 from course_lib.parallel.all_reduce_costs import SECONDS, AllReduce, fastest_all_reduce
-from course_lib.parallel.collectives import ring_all_reduce
+from course_lib.parallel.collectives import ring_all_reduce, tree_all_reduce
 from course_lib.parallel.double_tree import double_tree_all_reduce, parents
 from course_lib.parallel.node_collectives import (
     all_to_all,
@@ -141,6 +142,23 @@ def test_pieces_follow_each_other_down_and_up_the_trees():
     assert many < 0.75 * one
 
 
+def test_between_many_nodes_two_trees_sum_few_bytes_before_a_ring_or_one_tree_does():
+    ours, ring, one_tree = (
+        run(all_reduce, PATIENT, 64, 1, 1000).seconds
+        for all_reduce in (double_tree_all_reduce, ring_all_reduce, tree_all_reduce)
+    )
+    assert ours < 0.9 * ring
+    assert ours < 0.5 * one_tree
+
+
+def test_for_large_tensors_two_trees_stay_behind_a_ring():
+    ours, ring = (
+        run(all_reduce, PATIENT, 8, 1, 2**18).seconds
+        for all_reduce in (double_tree_all_reduce, ring_all_reduce)
+    )
+    assert ours / ring == pytest.approx(1.7, abs=0.1)
+
+
 @pytest.mark.parametrize("exchange", [all_to_all, hierarchical_all_to_all])
 @pytest.mark.parametrize("nodes, size", MACHINES)
 def test_all_to_all_brings_every_part_to_its_rank(exchange, nodes: int, size: int):
@@ -170,6 +188,27 @@ def test_over_two_levels_fewer_messages_cross_the_network_with_the_same_bytes():
     nbytes = 8 * 4 * 100 * 4  # each of 8 GPUs has a part for each of the 4 of the other node
     assert messages(all_to_all) == (32, nbytes)
     assert messages(hierarchical_all_to_all) == (8, nbytes)
+
+
+@pytest.mark.parametrize("nodes, size", [(1, 4), (2, 4), (3, 2)])
+def test_nobody_waits_in_an_all_to_all(nodes: int, size: int):
+    with fresh_devices(nodes * size, PATIENT, "meta", nodes) as gpus:
+        parts = [[torch.empty(10_000, device=gpu) for _ in gpus] for gpu in gpus]
+        with course_lib.trace() as recording:
+            all_to_all(parts)
+    inside = PATIENT.latency + 40_000 / PATIENT.link_bandwidth
+    outside = PATIENT.network.latency + 40_000 / PATIENT.network.bandwidth
+    alone = (size - 1) * inside + (nodes - 1) * size * outside
+    assert recording.seconds == pytest.approx(alone, rel=0.01)
+
+
+def test_an_all_to_all_over_nodes_of_different_size_brings_every_part_too():
+    gpus = course_lib.devices(4, nodes=2)[:3]
+    parts = [[torch.full((2,), 10.0 * r + d, device=gpu) for d in range(3)]
+             for r, gpu in enumerate(gpus)]  # fmt: skip
+    result = all_to_all(parts)
+    assert [[int(part[0]) for part in row] for row in result] == [[0, 10, 20], [1, 11, 21],
+                                                                  [2, 12, 22]]  # fmt: skip
 
 
 def test_a_rank_without_a_part_for_each_is_named():

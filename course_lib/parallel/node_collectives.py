@@ -11,7 +11,7 @@ start when the current streams are ready, and what is enqueued there afterwards 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -78,9 +78,10 @@ def ring_all_reduce_bytes(nodes: int, size: int, nbytes: int) -> dict[str, int]:
 def all_to_all(parts: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
     """Every rank sends a part to every rank: what rank r has for rank d is ``result[d][r]``.
 
-    In N - 1 rounds; in round k every rank sends to the one k places on, so that each sends and
-    receives one part at a time. A rank's part for itself is not copied.
-    ``torch.distributed.all_to_all`` does this between processes.
+    In N - 1 rounds, in each of which every rank sends one part and receives one: first all inside
+    their nodes, then all through their cards, so that nobody who is done early waits for a slower
+    link. A rank's part for itself is not copied. ``torch.distributed.all_to_all`` does this between
+    processes; NCCL puts its sends into such an order (``ncclP2pSchedule`` in its source).
 
     Args:
         parts: ``parts[r][d]`` is on the device of rank r; shapes may differ, and be empty.
@@ -93,15 +94,32 @@ def all_to_all(parts: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
     result: list[list[Tensor]] = [[row[rank] for row in parts] for rank in range(count)]
     ring = Ring(devices)
     with ring.turning():
-        for distance in range(1, count):
-            for rank in range(count):
-                to = (rank + distance) % count
+        for round_ in _rounds([node_of(device) for device in devices]):
+            for rank, to in round_:
                 with ring.between(rank, to):
                     result[to][rank] = parts[rank][to].to(devices[to])
     for tensors, device in zip(result, devices, strict=True):
         for tensor in tensors:
             keep_for(current_stream(device), tensor)
     return result
+
+
+def _rounds(node_of_rank: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+    """Who sends to whom, round by round: in each all go as many nodes on, and as many places.
+
+    Where nodes have different numbers of ranks, all count as one.
+    """
+    nodes = [[rank for rank, of in enumerate(node_of_rank) if of == node]
+             for node in sorted(set(node_of_rank))]  # fmt: skip
+    if len({len(node) for node in nodes}) > 1:
+        nodes = [list(range(len(node_of_rank)))]
+    size = len(nodes[0])
+    for far in range(len(nodes)):
+        for along in range(size):
+            if far or along:
+                yield [(rank, nodes[(number + far) % len(nodes)][(place + along) % size])
+                       for number, node in enumerate(nodes)
+                       for place, rank in enumerate(node)]  # fmt: skip
 
 
 def hierarchical_all_to_all(parts: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
