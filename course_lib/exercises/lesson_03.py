@@ -254,12 +254,13 @@ def _require_orders(orders: Any, nodes: int, size: int, where: str) -> None:
     if not isinstance(orders, (list, tuple)) or len(orders) != size:
         raise Wrong(f"{where} return a list of {size} rings.")
     for number, order in enumerate(orders):
-        if not isinstance(order, (list, tuple)) or sorted(order) != list(range(nodes * size)):
+        ranks = set(range(nodes * size))
+        if not isinstance(order, (list, tuple)) or len(order) != len(ranks) or {*order} != ranks:
             raise Wrong(
                 f"{where} each of the {nodes * size} ranks stands once in a ring, and ring "
                 f"{number} is {order}."
             )
-        crossings = len(_senders_over_the_network(order, size))
+        crossings = len(_crossings(order, size))
         if crossings > nodes > 1:
             raise Wrong(
                 f"{where} ring {number} leaves a node {crossings} times, and {nodes} times are "
@@ -267,9 +268,10 @@ def _require_orders(orders: Any, nodes: int, size: int, where: str) -> None:
             )
 
 
-def _senders_over_the_network(order: Sequence[int], size: int) -> list[int]:
+def _crossings(order: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """Who sends to whom over the network."""
     following = [*order[1:], order[0]]
-    return [a for a, b in zip(order, following, strict=True) if a // size != b // size]
+    return [(a, b) for a, b in zip(order, following, strict=True) if a // size != b // size]
 
 
 def _require_all_cards(orders: Sequence[Sequence[int]], nodes: int, size: int, where: str) -> Facts:
@@ -290,11 +292,13 @@ def _require_all_cards(orders: Sequence[Sequence[int]], nodes: int, size: int, w
          f"about {target * 1e3:.1f} ms"),
     ]  # fmt: skip
     if t.seconds > 1.15 * target:
-        senders = [rank for order in orders for rank in _senders_over_the_network(order, size)]
-        most = max(senders, key=senders.count)
+        pairs = [pair for order in orders for pair in _crossings(order, size)]
+        ends = {"sends": [a for a, _ in pairs], "receives": [b for _, b in pairs]}
+        how = max(ends, key=lambda each: max(map(ends[each].count, ends[each])))
+        most = max(ends[how], key=ends[how].count)
         raise Wrong(
-            f"{where} the rings take {t.seconds * 1e3:.1f} ms: GPU {most} sends over the network "
-            f"in {senders.count(most)} of them, and its card takes one after the other.",
+            f"{where} the rings take {t.seconds * 1e3:.1f} ms: GPU {most} {how} over the network "
+            f"in {ends[how].count(most)} of them, and its card takes one after the other.",
             facts,
         )
     return facts

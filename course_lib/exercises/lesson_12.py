@@ -101,8 +101,8 @@ def check_rounds(rounds: Callable[[int, int], list[list[int]]]) -> Verdict:
         case = f"with {nodes} node{'s' if nodes > 1 else ''} of {size}: "
         _require_all_to_all(plan, nodes * size, case)
         seconds, target = _seconds_of_rounds(plan, nodes, size), _alone(nodes, size)
-        facts = [("an all-to-all of 40 kB a part, 2 nodes of 4", f"{seconds * 1e3:.2f} ms",
-                  f"{target * 1e3:.2f} ms")]  # fmt: skip
+        facts = [(f"an all-to-all of 40 kB a part, {nodes} by {size} GPUs",
+                  f"{seconds * 1e3:.2f} ms", f"{target * 1e3:.2f} ms")]  # fmt: skip
         if seconds > 1.02 * target:
             raise Wrong(f"{case}it takes {seconds / target:.2f} times as long as its copies "
                         f"would without a wait.{_mixed(plan, size)}", facts)  # fmt: skip
@@ -114,7 +114,7 @@ def _require_all_to_all(plan: Any, count: int, case: str) -> None:
         raise Wrong(f"{case}return a list of rounds, each a list of ranks.")
     pairs = set()
     for number, to in enumerate(plan):
-        if len(to) != count or sorted(to) != list(range(count)):
+        if len(to) != count or {*to} != {*range(count)}:
             raise Wrong(
                 f"{case}in round {number} every one of the {count} ranks should be sent to once, "
                 f"and your list is {list(to)}."
@@ -286,8 +286,8 @@ def _balance(scores_TE: Tensor, top_k: int) -> Tensor:
 def _judge_sum(
     losses: Sequence[Tensor], total: Tensor, own: Any, count: int, case: str, facts: Facts
 ) -> None:
-    ours = sum(loss.detach().cpu() for loss in losses)
-    if torch.allclose(torch.as_tensor(ours), total.detach()):
+    ours = torch.stack([loss.detach().cpu().double() for loss in losses]).sum()
+    if torch.allclose(ours, total.detach()):
         return
     mistakes = {
         " It is the mean of the GPUs' own losses: f is to count the tokens of all.": own,
@@ -295,9 +295,9 @@ def _judge_sum(
         f" It is {count} times that: p is a mean over the tokens of all.": total.detach() * count,
         f" It is 1/{count} of that.": total.detach() / count,
     }
-    hint = known_mistake(lambda w: torch.allclose(torch.as_tensor(ours), w), mistakes)
+    hint = known_mistake(lambda w: torch.allclose(ours, w), mistakes)
     raise Wrong(
-        f"{case}your losses add up to {float(ours):.3f}, and the auxiliary loss of all tokens is "
+        f"{case}your losses add up to {ours:.3f}, and the auxiliary loss of all tokens is "
         f"{total.item():.3f}.{hint}",
         facts,
     )
@@ -310,7 +310,9 @@ def _judge_score_gradients(
     case: str,
     facts: Facts,
 ) -> None:
-    for rank, loss in enumerate(losses):
+    for rank, (loss, score) in enumerate(zip(losses, scores, strict=True)):
+        if loss.device != score.device:
+            raise Wrong(f"{case}GPU {rank}'s loss is on {loss.device}.", facts)
         if not loss.requires_grad:
             raise Wrong(f"{case}GPU {rank}'s loss has no way back to its scores.", facts)
     torch.autograd.backward(list(losses))

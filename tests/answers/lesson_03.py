@@ -555,6 +555,22 @@ def all_ranks_turned(nodes, size):
     return [ranks[turn:] + ranks[:turn] for turn in range(size)]
 
 
+@ORDERS.wrong("for 2 nodes of 4, the rings take", "GPU 4 receives over the network in 3 of them")
+def through_another_card_out_and_the_same_one_in(nodes, size):
+    orders = []
+    for last in range(size):
+        first = 0 if last else size - 1
+        places = [place for place in range(size) if place not in (first, last)]
+        places = [first, *places, last]
+        orders.append([node * size + place for node in range(nodes) for place in places])
+    return orders
+
+
+@ORDERS.wrong("for 1 node of 3, each of the 3 ranks stands once in a ring")
+def left_empty(nodes, size):
+    return [[None] * (nodes * size)] * size
+
+
 @ORDERS.wrong("return a list of 3 rings")
 def a_single_ring(nodes, size):
     return [list(range(nodes * size))]

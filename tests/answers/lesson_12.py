@@ -190,6 +190,11 @@ def twice(nodes, size):
     return inside_first_and_then_across(nodes, size) * 2
 
 
+@ROUNDS.wrong("in round 0 every one of the 4 ranks should be sent to once")
+def not_filled_in(nodes, size):
+    return [[None] * (nodes * size)] * (nodes * size - 1)
+
+
 @ROUNDS.wrong("return a list of rounds")
 def pairs(nodes, size):
     return [0, 1]
@@ -293,6 +298,19 @@ def counts_summed_and_divided(scores, top_k):
     counts = [F.one_hot(each.topk(top_k).indices, each.shape[1]).sum((0, 1)) for each in scores]
     ring_all_reduce(counts)
     return balanced(scores, [count / count.sum() for count in counts], 1 / len(scores))
+
+
+@BALANCE.right
+def shares_and_losses_in_single_precision(scores, top_k):
+    shares = [share.float() for share in shares_of(scores, top_k)]
+    ring_all_reduce(shares)
+    return [loss.float() for loss in balanced(scores, shares, 1 / len(scores) ** 2)]
+
+
+@BALANCE.wrong("with 2 GPUs: GPU 1's loss is on vgpu:0")
+def all_losses_on_one_gpu(scores, top_k):
+    losses = shares_and_losses_in_single_precision(scores, top_k)
+    return [loss.to(losses[0].device) for loss in losses]
 
 
 @BALANCE.wrong("the mean of the GPUs' own losses")
