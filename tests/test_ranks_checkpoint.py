@@ -132,3 +132,11 @@ def test_a_rank_that_dies_before_the_table_leaves_none(vgpus, gpt, tmp_path):
         ranks.run(save, vgpus[:SAVED_ON])
     assert len(list(tmp_path.glob("*.distcp"))) == SAVED_ON
     assert not (tmp_path / ".metadata").exists()
+
+
+def test_saving_beside_training_is_refused_in_one_line(vgpus, gpt, tmp_path):
+    def save() -> None:
+        dcp.async_save(state_of(*begin(gpt)), checkpoint_id=tmp_path)
+
+    with pytest.raises(RuntimeError, match="async_save copies"):
+        ranks.run(save, vgpus[:2])

@@ -377,6 +377,17 @@ def test_without_numbers_bytes_memory_and_time_are_the_same(vgpus):
     assert seconds == pytest.approx(measured("cpu")[2], rel=0.05)
 
 
+def test_ddp_without_numbers_is_refused(vgpus):
+    """It reads the order of its buckets, which rank 0 tells the others."""
+
+    def work() -> None:
+        dist.init_process_group()
+        train(DistributedDataParallel(gpt().to("vgpu")), dist.get_rank())
+
+    with pytest.raises(RuntimeError, match="these virtual GPUs have none"):
+        ranks.run(work, course_lib.devices(N, backing="meta"))
+
+
 def test_fsdp_in_mixed_precision(vgpus):
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 

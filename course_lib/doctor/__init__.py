@@ -19,9 +19,7 @@ it says where to look first. Lesson 15 goes from readings to causes.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
 
@@ -141,22 +139,9 @@ def examine(
         nbytes = sum(parameter.nbytes for parameter in model.parameters())
         bytes_a_step = all_reduce_bytes(len(replicas), nbytes)
     report = Report(Run(State(model), bytes_a_step, shuffles))
-    with _without_what_was_there():
-        for run in watch(report.run, replicas, step, reference, batches):
-            for name, instrument in INSTRUMENTS.items():
-                report._note(name, instrument(run))
+    for run in watch(report.run, replicas, step, reference, batches):
+        for name, instrument in INSTRUMENTS.items():
+            report._note(name, instrument(run))
     if not report.steps:
         raise ValueError("there are no batches to train on")
     return report
-
-
-@contextmanager
-def _without_what_was_there() -> Iterator[None]:
-    """Let Python not look through all of PyTorch for garbage before every recording."""
-    is_frozen = gc.get_freeze_count() > 0
-    gc.freeze()
-    try:
-        yield
-    finally:
-        if not is_frozen:
-            gc.unfreeze()

@@ -9,9 +9,9 @@
     ranks.run(train, processes=4)              # in four processes, on whatever is there
 
 On virtual GPUs each rank is a thread with one of its own, and ``torch.distributed`` works in it as
-between processes: so do the engines above it, ``DistributedDataParallel``, ``fully_shard``, DTensor
-and ``torch.distributed.pipelining``, unmodified. What they compute, hold, send and wait for is seen
-by the meters that see the code written by hand.
+between processes: so do the engines above it, ``DistributedDataParallel``, ``fully_shard``,
+DTensor, ``torch.distributed.pipelining`` and ``torch.distributed.checkpoint``, unmodified. What
+they compute, hold, send and wait for is seen by the meters that see the code written by hand.
 
 Processes are what a cluster has: each with its own Python, and ``gloo`` between them, or ``nccl``
 if there is a GPU for each (not tried on real GPUs yet). Nothing is simulated and nothing is
@@ -79,8 +79,10 @@ And the processes of ``ranks.run`` from those of ``torchrun``:
 
 What virtual ranks refuse, in one line: a run inside of a rank, ``course_lib.devices`` and ``trace``
 inside of a rank, GPUs that are shared, receiving from any source, ``split_group``, SyncBatchNorm in
-training. Not tried: context parallelism of PyTorch's own, ``pipeline()`` that traces a model,
-``torch.compile``, more than eight ranks.
+training, ``DistributedDataParallel`` on GPUs without numbers (``backing="meta"``), since it reads
+the order of its buckets, ``async_save`` of ``torch.distributed.checkpoint``. Not tried: context
+parallelism of PyTorch's own, ``pipeline()`` that traces a model, ``torch.compile``, more than eight
+ranks.
 
 Virtual ranks rest on these names of PyTorch (tried with 2.13), which are private or may change:
 ``torch.distributed.distributed_c10d``: ``_World``, ``_world``, ``_backend``,
@@ -93,11 +95,9 @@ and ``_engine_run_backward``; ``ReduceOp.__getstate__``;
 ``DTensor._op_dispatcher._custom_op_handlers``, ``torch.distributed.tensor._random._rng_tracker``,
 ``FakeTensorMode._cached_dispatch_impl``,
 ``DistributedDataParallel``'s ``_check_comm_hook`` and ``logger``, and its ``forward``, as
-``SyncBatchNorm``'s, is
-replaced while ranks run; ``distributed_c10d._resolve_process_group``, the operators of
-``_c10d_functional`` and ``fsdp.all_gather_copy_in``, ``AsyncCollectiveTensor``;
-``torch.utils._python_dispatch``'s
-``TorchDispatchMode``; and of Python ``os.environ._data``.
+``SyncBatchNorm``'s, is replaced while ranks run; ``distributed_c10d._resolve_process_group``, the
+operators of ``_c10d_functional`` and ``fsdp.all_gather_copy_in``, ``AsyncCollectiveTensor``;
+``torch.utils._python_dispatch``'s ``TorchDispatchMode``; and of Python ``os.environ._data``.
 """
 
 from course_lib.ranks.errors import DeadlockError, MismatchError

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import linecache
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+import torch
+
+from course_lib import virtual
 from course_lib.tracebacks import is_machinery
+
+# What is below a program that is part of this package itself, such as an exercise's check.
+_BELOW = tuple(str(Path(file).parent) for file in (__file__, virtual.__file__, torch.__file__))
 
 
 def line_of(frame: FrameType | None) -> str:
@@ -15,11 +23,24 @@ def line_of(frame: FrameType | None) -> str:
 
     Cells of a notebook have no file that a reader knows, and are called cells.
     """
-    while frame is not None and is_machinery(frame.f_code.co_filename):
-        frame = frame.f_back
-    if frame is None:
+    mine = _innermost(frame, is_machinery) or _innermost(frame, _is_below)
+    if mine is None:
         return "an unknown line"
-    return line_at(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+    return line_at(mine.f_code.co_filename, mine.f_lineno, mine.f_code.co_name)
+
+
+def _is_below(filename: str) -> bool:
+    return filename.startswith(_BELOW)
+
+
+def _innermost(frame: FrameType | None, is_hidden: Callable[[str], bool]) -> FrameType | None:
+    """The innermost frame that is not hidden and does not start a thread."""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file != threading.__file__ and not is_hidden(file):
+            return frame
+        frame = frame.f_back
+    return None
 
 
 def line_at(path: str, number: int, function: str) -> str:

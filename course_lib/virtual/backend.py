@@ -7,6 +7,7 @@ done once in a process, and is done when the first virtual GPUs are asked for.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, partial
@@ -115,7 +116,18 @@ def register() -> list[torch.library.Library]:
     # torch.tensor([loss, other_loss]) reads numbers in the same way, torch.tensor(storage) bytes.
     library.impl("_local_scalar_dense", _read, "PrivateUse1")
     library.impl("set_.source_Storage", _set_storage, "PrivateUse1")
-    return [library, *autocast.register(), *layouts.register(), pinned.register()]
+    libraries = [library, *autocast.register(), *layouts.register(), pinned.register()]
+    _pass_over_what_was_there()
+    return libraries
+
+
+def _pass_over_what_was_there() -> None:
+    """Let Python not look through all of PyTorch whenever a recording looks for garbage.
+
+    What was there before the first virtual GPU holds no memory of one.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _prepare_backward() -> None:

@@ -8,6 +8,7 @@ import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -107,6 +108,12 @@ class Allocation:
         """
         other = self.memory.allocate(nbytes)
         self.nbytes, other.nbytes = other.nbytes, self.nbytes  # and the other goes, with the old
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise RuntimeError(
+            "the memory of a virtual GPU cannot be copied as an object; a tensor can, with "
+            ".clone() or .cpu(). (dcp.async_save copies in this way: take dcp.save.)"
+        )
 
     def __del__(self) -> None:
         memory = self.memory

@@ -157,6 +157,14 @@ def rank_0_alone(model):
     shard_with(model, lambda place, count: False)
 
 
+@FIT.wrong("is not the same one everywhere", "models.py", unsaid="threading")
+def other_units_on_rank_0(model):
+    if dist.get_rank():
+        shard_with(model, lambda place, count: False)
+    else:
+        fully_shard(model)
+
+
 # ------------------------------------------------------------------------------ 3. a plan
 
 COLUMNS = ["attention.wq", "attention.wk", "attention.wv", "mlp.gate", "mlp.up"]
@@ -312,6 +320,12 @@ def gradients_never_dropped(model, optimizer, microbatches, loss_function):
 def turned_off_at_the_end(model, optimizer, microbatches, loss_function):
     accumulate_with(model, optimizer, microbatches, loss_function, last)
     model.set_requires_gradient_sync(False)
+
+
+@ACCUMULATE.wrong("is not the same one everywhere", "lesson_11.py", unsaid="threading")
+def turned_off_on_rank_0(model, optimizer, microbatches, loss_function):
+    accumulate_with(model, optimizer, microbatches, loss_function, last)
+    model.set_requires_gradient_sync(dist.get_rank() > 0)
 
 
 @ACCUMULATE.wrong("your code stopped with AttributeError", "no_sync")
