@@ -306,7 +306,7 @@ def _judge_values(rank: int, values: list[Tensor], wanted: list[Tensor], facts: 
 @check
 def check_accumulate(accumulate: Callable[..., Any]) -> Verdict:
     """Graded on parameters after two calls and a plain step, and on the bytes of each."""
-    gpt, (x, y) = _gpt(2), _tokens(8)
+    gpt, (x, y) = _gpt(1), _tokens(8)
     sizes = [2, 1, 1]  # of the microbatches of a rank
 
     def work() -> list[list[Tensor]]:
@@ -335,6 +335,12 @@ def check_accumulate(accumulate: Callable[..., Any]) -> Verdict:
         raise Wrong(
             f"the step is right, and sends {sent:.0f} times what one gather or sum of the model "
             f"does. Two gathers for each of {len(sizes)} microbatches and one sum are {least}.",
+            facts,
+        )
+    if sent < least - 0.5:
+        raise Wrong(
+            f"the step is right, and sends less than {least}: the microbatches were put together, "
+            "or parameters kept. Either takes the memory that microbatches are there to save.",
             facts,
         )
     if not _same(third, _steps(gpt, x, y, 3)[2]) or _sent(t, "plain") < 2.9 * half:
@@ -421,11 +427,14 @@ def check_collect(collect: Callable[[nn.Module], Any]) -> Verdict:
 
     def work() -> tuple[Any, int]:
         model = _shard(copy.deepcopy(gpt))
+        shards = [p.to_local().cpu() for p in model.parameters() if isinstance(p, DTensor)]
         before = torch.get_device_module("vgpu").memory_allocated()
         torch.get_device_module("vgpu").reset_peak_memory_stats()
         with timeline.region("answer"):
             found = collect(model)
-        return found, torch.get_device_module("vgpu").max_memory_allocated() - before
+        peak = torch.get_device_module("vgpu").max_memory_allocated()
+        _require_shards(model, shards)
+        return found, peak - before
 
     with hardware.fresh_devices(count, SPEC) as gpus, timeline.trace() as t:
         returned = on_ranks(work, gpus)
@@ -453,6 +462,14 @@ def check_collect(collect: Callable[[nn.Module], Any]) -> Verdict:
     if to_host > 1.01 * nbytes:
         raise Wrong("more than one rank copies the model to the host.", facts)
     return right("all ranks take part in each gather, and rank 0 keeps it.", facts)
+
+
+def _require_shards(model: nn.Module, shards: list[Tensor]) -> None:
+    now = [p.to_local().cpu() for p in model.parameters() if isinstance(p, DTensor)]
+    if len(now) < len(shards):
+        raise Wrong("afterwards the model is not sharded any more, and training is to go on.")
+    if not all(map(torch.equal, now, shards)):
+        raise Wrong("afterwards the model's own shards are not what they were.")
 
 
 def _judge_collected(found: list[Any], gpt: nn.Module, facts: Facts) -> None:

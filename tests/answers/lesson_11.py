@@ -157,7 +157,7 @@ def rank_0_alone(model):
     shard_with(model, lambda place, count: False)
 
 
-@FIT.wrong("is not the same one everywhere", "models.py", unsaid="threading")
+@FIT.wrong("is not the same one everywhere", "lesson_11.py", unsaid="threading")
 def other_units_on_rank_0(model):
     if dist.get_rank():
         shard_with(model, lambda place, count: False)
@@ -289,6 +289,14 @@ def set_on_each_layer(model, optimizer, microbatches, loss_function):
             layer.set_requires_gradient_sync(last(number, count), recurse=False)
 
     accumulate_with(model, optimizer, microbatches, loss_function, on_layers)
+
+
+@ACCUMULATE.wrong("the step is right, and sends less than 7", "put together")
+def one_batch_of_all(model, optimizer, microbatches, loss_function):
+    x, y = (torch.cat(each) for each in zip(*microbatches, strict=True))
+    optimizer.zero_grad()
+    loss_function(model(x), y).backward()
+    optimizer.step()
 
 
 @ACCUMULATE.wrong("the step is right, and sends 9 times")
@@ -424,3 +432,20 @@ def gathered_again_to_look(model):
     for parameter in model.parameters():
         assert torch.isfinite(parameter.detach().full_tensor()).all()
     return found
+
+
+@COLLECT.wrong("the model's own shards are not what they were")
+def shards_set_to_zero(model):
+    found = through_the_state_dict(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    return found
+
+
+@COLLECT.wrong("not sharded any more")
+def left_unsharded(model):
+    for layer in [*model, model]:
+        layer.unshard()
+    whole = {name: p.detach().cpu() for name, p in model.named_parameters()}
+    return {} if dist.get_rank() else whole
