@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import median
 
 import pytest
 import torch
@@ -152,3 +153,20 @@ def test_a_stored_training_goes_the_same_way_again() -> None:
     ]
     gpus = course_lib.devices(script.COUNT, training.SPEC)
     assert abs(training.method_steps("bfloat16", gpus, 0.2, seed=1) - stored) <= 2 * training.PERIOD
+
+
+def test_a_stored_curve_ends_where_the_median_seed_does() -> None:
+    best, curves = tables.best_rates(tables.read("methods"), "method"), tables.read("curves")
+    ends = {r["method"]: r for r in curves}  # the last row of each stays
+    assert set(ends) == {m for m, (_, steps) in best.items() if median(steps) < math.inf}
+    for method, end in ends.items():
+        rate, steps = best[method]
+        assert (end["rate"], end["steps"]) == (rate, median(steps)) == (rate, steps[end["seed"]])
+        assert end["loss"] <= training.TARGET
+
+
+def test_a_stored_curve_goes_the_same_way_again() -> None:
+    stored = [r for r in tables.read("curves") if r["method"] == "float32, AdamW"]
+    gpus = course_lib.devices(script.COUNT, training.SPEC)
+    again = training.method_losses("float32, AdamW", gpus, stored[0]["rate"], stored[0]["seed"])
+    assert again[:2] == pytest.approx([r["loss"] for r in stored[:2]], rel=0.1)

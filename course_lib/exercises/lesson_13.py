@@ -70,6 +70,8 @@ def _parts(
         part = examples_of(rank, count, examples, epoch, seed)
         if part is None:
             raise Wrong("your function returned None: is a return statement missing?")
+        if isinstance(part, int) or (isinstance(part, Tensor) and part.dim() != 1):
+            raise Wrong("return the numbers of the examples in a row: a list, or a tensor of them.")
         parts.append([int(each) for each in part])
     return parts
 
@@ -78,8 +80,11 @@ def _judge_parts(parts: list[list[int]], count: int, examples: int) -> None:
     case = f"{examples} examples on {count} GPU{'s' if count > 1 else ''}"
     lengths = [len(part) for part in parts]
     everything = [each for part in parts for each in part]
-    if any(not 0 <= each < examples for each in everything):
-        raise Wrong(f"{case}: there is an example {max(everything)}; they go from 0 on.")
+    for each in everything:
+        if not 0 <= each < examples:
+            raise Wrong(
+                f"{case}: there is an example {each}; they go from 0 on, to {examples - 1}."
+            )
     if len(set(lengths)) > 1:
         raise Wrong(
             f"{case}: the ranks get {lengths}: not equally many. The rank that has more would wait "
@@ -194,9 +199,11 @@ def check_noise(mean_and_noise: Callable[..., tuple[float, float]]) -> Verdict:
                 raise Wrong(
                     f"{case}: rank {rank}'s row is not the mean of all gradients afterwards.", facts
                 )
-        if not isinstance(answer, tuple) or len(answer) != 2:
+        if not isinstance(answer, (tuple, list)) or len(answer) != 2:
             raise Wrong("return two numbers: the estimates of |G|² and of V.", facts)
-        ours = [require_number(float(each)) for each in answer]
+        ours = [
+            require_number(each.item() if isinstance(each, Tensor) else each) for each in answer
+        ]
         _judge_noise(ours, before, mean, shard, case, facts)
         if sent > least + 64:
             raise Wrong(
@@ -308,7 +315,7 @@ def check_feedback(say_signs: Callable[..., tuple[Tensor, Tensor]]) -> Verdict:
     size, mean = sizes[-1].item(), total.abs().mean().item()
     loss, exact = _loss_with(say_signs), _loss_with(lambda row, owed: (row, owed))
     facts = [
-        ("loss after 200 steps", f"{loss:.4f}", f"at most {2 * exact:.4f}"),
+        ("loss after 200 steps", f"{loss:.2g}", f"at most {2 * exact:.2g}"),
         ("bytes a step and GPU", format_bytes(500 / 8 + 4), format_bytes(500 / 8 + 4)),
     ]
     if abs(size - mean) > 1e-4 * mean:
@@ -366,15 +373,15 @@ def check_outer(outer_step: Callable[..., tuple[list[Tensor], list[Tensor]]]) ->
     outer = torch.optim.SGD([place], lr=0.7, momentum=0.9, nesterov=True)
     place.grad = 0.1 * torch.randn(length)
     outer.step()  # so that there is a momentum
-    begun = outer.state[place]["momentum_buffer"]
+    momentum = outer.state[place]["momentum_buffer"]  # which each step changes in place
     facts: Facts = []
     with hardware.fresh_devices(count) as gpus:
         anchors: list[Tensor] = [place.detach().to(gpu) for gpu in gpus]
-        momenta: list[Tensor] = [begun.to(gpu) for gpu in gpus]
+        momenta: list[Tensor] = [momentum.to(gpu) for gpu in gpus]
         for meeting in range(3):
             moved = [0.1 * torch.randn(length) - 0.05 for _ in gpus]
             came = [(place.detach() + each).to(gpu) for each, gpu in zip(moved, gpus, strict=True)]
-            was, was_momentum = place.detach().clone(), momenta[0].cpu()
+            was, was_momentum = place.detach().clone(), momentum.clone()
             place.grad = -torch.stack(moved).mean(0)
             outer.step()
             with timeline.trace() as t:
@@ -397,8 +404,13 @@ def check_outer(outer_step: Callable[..., tuple[list[Tensor], list[Tensor]]]) ->
             if not torch.allclose(ours, place.detach(), atol=1e-4):
                 raise Wrong(
                     f"meeting {meeting}: the new place is not that of SGD with a rate of 0.7 and "
-                    "Nesterov momentum of 0.9."
-                    + _outer_mistake(ours, was, -place.grad, was_momentum),
+                    "Nesterov momentum of 0.9." + _outer_mistake(ours, was, moved, was_momentum),
+                    facts,
+                )
+            if not all(torch.allclose(each.cpu(), momentum, atol=1e-4) for each in momenta):
+                raise Wrong(
+                    "the new places are right, and the momenta are not 0.9·m + d: the next meeting "
+                    "would begin with wrong ones.",
                     facts,
                 )
             if not all(torch.equal(anchors[0].cpu(), each.cpu()) for each in anchors):
@@ -412,22 +424,27 @@ def check_outer(outer_step: Callable[..., tuple[list[Tensor], list[Tensor]]]) ->
     return right("three meetings, each for one all-reduce.", facts)
 
 
-def _outer_mistake(ours: Tensor, was: Tensor, moved: Tensor, momentum: Tensor) -> str:
-    gradient = -moved
+def _outer_mistake(ours: Tensor, was: Tensor, moved: list[Tensor], momentum: Tensor) -> str:
+    gradient = -torch.stack(moved).mean(0)
     new = 0.9 * momentum + gradient
+    new_alone = 0.9 * momentum - moved[0]
     mistakes = {
         " It goes the wrong way: a gradient points away from where the replicas went.": (
             was - 0.7 * (-gradient + 0.9 * (0.9 * momentum - gradient))
         ),
         " The step is added, and should be taken off.": was + 0.7 * (gradient + 0.9 * new),
-        " This is the plain average, as in local SGD.": was + moved,
+        " This is the plain average, as in local SGD.": was - gradient,
         " This is plain momentum: Nesterov's looks one step ahead.": was - 0.7 * new,
         " This leaves the momentum out.": was - 0.7 * gradient,
         " The distances are summed, and should be averaged.": (
             was - 0.7 * (4 * gradient + 0.9 * (0.9 * momentum + 4 * gradient))
         ),
         " This begins where the replicas are, and not where they last met.": (
-            was + moved - 0.7 * (gradient + 0.9 * new)
+            was - gradient - 0.7 * (gradient + 0.9 * new)
         ),
+        " This is GPU 0's own distance: take the mean of all.": (
+            was - 0.7 * (-moved[0] + 0.9 * new_alone)
+        ),
+        " This is the new momentum: return the places first.": new,
     }
     return known_mistake(lambda wrong: torch.allclose(ours, wrong, atol=1e-4), mistakes)

@@ -49,7 +49,7 @@ def explore_batches() -> Explorer:
             verdict = f"the soonest is {soonest}, in {whole[soonest]:.3f} s"
         ax.set_xticks(range(len(batches)), batches)
         ax.set(xlabel="images in a batch", ylabel="seconds to the loss (simulated)")
-        ax.margins(y=0.25)
+        ax.set_ylim(0, 1.25 * max((whole[batch] for batch in reached), default=1))
         gpus = f"{count} GPU{'s' if count > 1 else ''}"
         ax.set_title(f"{gpus}, {link}, learning rate {rate}: {verdict}")
         return figure

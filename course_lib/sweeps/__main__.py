@@ -6,12 +6,15 @@ Steps depend a little on the CPU, since rounding does. Simulated seconds and byt
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from statistics import median
 
 from course_lib import hardware
 from course_lib.sweeps import training
+from course_lib.sweeps.tables import best_rates, read
 from course_lib.sweeps.training import LINKS, METHODS, SGD_RATES
 
 HERE = Path(__file__).parent
@@ -36,6 +39,17 @@ def methods() -> Iterator[list[object]]:
             yield [method, rate, seed, training.method_steps(method, gpus, rate, seed)]
 
 
+def curves() -> Iterator[list[object]]:
+    """Of each method that arrives: its best rate, and the seed that takes the median steps."""
+    for method, (rate, steps) in best_rates(read("methods"), "method").items():
+        if median(steps) == math.inf:
+            continue
+        seed = SEEDS[steps.index(median(steps))]
+        with hardware.fresh_devices(COUNT, training.SPEC) as gpus:
+            for look, loss in enumerate(training.method_losses(method, gpus, rate, seed), start=1):
+                yield [method, rate, seed, training.PERIOD * look, f"{loss:.3g}"]
+
+
 def costs() -> Iterator[list[object]]:
     cases = [("float32", n, link, b) for b in BATCHES for n in COUNTS for link in LINKS]
     cases += [(m, COUNT, link, 64) for m in METHODS for link in LINKS if m != "float32"]
@@ -47,6 +61,7 @@ def costs() -> Iterator[list[object]]:
 TABLES = {
     "batches": ("batch,rate,seed,steps", batches),
     "methods": ("method,rate,seed,steps", methods),
+    "curves": ("method,rate,seed,steps,loss", curves),  # of the methods' best rates
     "costs": ("method,gpus,link,batch,seconds,bytes", costs),
 }
 

@@ -12,11 +12,11 @@ from typing import Any
 Row = dict[str, Any]
 
 _WHOLE = ("batch", "seed", "gpus")
-_REAL = ("rate", "steps", "seconds", "bytes")
+_REAL = ("rate", "steps", "loss", "seconds", "bytes")
 
 
 def read(name: str) -> list[Row]:
-    """The rows of the table ``name``: ``"batches"``, ``"methods"`` or ``"costs"``."""
+    """The rows of the table ``name``: ``"batches"``, ``"methods"``, ``"curves"`` or ``"costs"``."""
     text = files("course_lib.sweeps").joinpath(f"{name}.csv").read_text("utf-8")
     return [
         {key: _value(key, each) for key, each in row.items()}

@@ -1,7 +1,8 @@
 """Lesson 13's training runs: the digits, a small convolutional model, and steps to a loss.
 
 A run ends when the loss on the held-out images is at most :data:`TARGET`. What is stored, in the
-tables beside this module, is the number of steps; ``python -m course_lib.sweeps`` makes them.
+tables beside this module, is the number of steps, and a few curves of the loss; ``python -m
+course_lib.sweeps`` makes them.
 """
 
 from __future__ import annotations
@@ -172,30 +173,38 @@ METHODS: dict[str, tuple[tuple[float, ...], Callable[[Sequence[nn.Module], float
 MEETING = ("local SGD", "DiLoCo")  # they send nothing in most steps
 
 
-def method_steps(
-    method: str, gpus: Devices, rate: float, seed: int, batch: int = 64, most: int = 240
-) -> float:
+def method_steps(method: str, gpus: Devices, rate: float, seed: int) -> float:
     """Steps of ``method`` on ``gpus`` until the held-out loss is at most :data:`TARGET`.
 
-    The loss is looked at after every :data:`PERIOD` steps, when all replicas are equal.
+    Infinite where it is not reached.
+    """
+    losses = method_losses(method, gpus, rate, seed)
+    return PERIOD * len(losses) if losses[-1] <= TARGET else math.inf
+
+
+def method_losses(
+    method: str, gpus: Devices, rate: float, seed: int, batch: int = 64, most: int = 240
+) -> list[float]:
+    """The held-out loss after every :data:`PERIOD` steps, when all replicas are equal.
+
+    The last one is at most :data:`TARGET`, or the run was given up.
 
     Args:
         batch: images of all devices together.
-        most: give up after so many steps, or where nothing is learnt; the answer is then infinite.
+        most: give up after so many steps, or where nothing is learnt.
     """
-    data = _images()
+    data, losses = _images(), []
     x_test, y_test = data.x_test.to(gpus[0]), data.y_test.to(gpus[0])
     replicas = replicate(convolutional(seed), gpus)
     step_on = METHODS[method][1](replicas, rate)
     for step in range(most):
         step_on(*shards(step, batch, seed, gpus))
         if (step + 1) % PERIOD == 0:
-            loss = held_out_loss(replicas[0], x_test, y_test)
-            if loss <= TARGET:
-                return step + 1
-            if not loss < (2.0 if step + 1 == GIVE_UP else math.inf):
-                return math.inf
-    return math.inf
+            losses.append(held_out_loss(replicas[0], x_test, y_test))
+            hopeless = not losses[-1] < (2.0 if step + 1 == GIVE_UP else math.inf)
+            if losses[-1] <= TARGET or hopeless:
+                break
+    return losses
 
 
 def shards(step: int, batch: int, seed: int, gpus: Devices) -> tuple[list[Tensor], list[Tensor]]:

@@ -6,6 +6,7 @@ import random
 
 import torch
 from torch import nn
+from torch.utils.data import DistributedSampler
 
 from course_lib.exercises import lesson_13
 from course_lib.parallel.collectives import all_gather, all_reduce, ring_all_reduce
@@ -95,7 +96,24 @@ def no_order(rank, count, examples, epoch, seed):
     an_order(examples, epoch, seed)
 
 
-@SAMPLER.wrong("they go from 0 on")
+@SAMPLER.wrong("an example -1", "they go from 0 on")
+def one_too_few(rank, count, examples, epoch, seed):
+    return stretches_of_one_order(rank, count, examples, epoch, seed) - 1
+
+
+@SAMPLER.wrong("in a row: a list, or a tensor")
+def a_table(rank, count, examples, epoch, seed):
+    return stretches_of_one_order(rank, count, examples, epoch, seed)[None]
+
+
+@SAMPLER.right
+def pytorchs_own_sampler(rank, count, examples, epoch, seed):
+    sampler = DistributedSampler(range(examples), count, rank, seed=seed, drop_last=True)
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+@SAMPLER.wrong("an example 103", "they go from 0 on")
 def counted_from_one(rank, count, examples, epoch, seed):
     return stretches_of_one_order(rank, count, examples, epoch, seed) + 1
 
@@ -221,6 +239,17 @@ def norms_added_on_the_first_gpu(rows, shard):
     after = rows[0] @ rows[0]
     signal, variance = solved(shard, len(rows), before, after)
     return signal.item(), variance.item()
+
+
+@NOISE.right
+def a_list_of_two(rows, shard):
+    return list(by_the_variance_between_gpus(rows, shard))
+
+
+@NOISE.wrong("returned None")
+def two_nones(rows, shard):
+    averaged(rows)
+    return None, None
 
 
 @NOISE.wrong("is the sum, and should be the mean")
@@ -404,6 +433,14 @@ def pytorchs_sgd(anchors, places, momenta):
     return new, kept
 
 
+@OUTER.right
+def in_place(anchors, places, momenta):
+    for a, d, m in zip(anchors, mean_distance(anchors, places), momenta, strict=True):
+        m.mul_(0.9).add_(d)
+        a.sub_(0.7 * (d + 0.9 * m))
+    return anchors, momenta
+
+
 @OUTER.wrong("meeting 0", "the wrong way")
 def the_wrong_way(anchors, places, momenta):
     return stepped(anchors, mean_distance(places, anchors), momenta, nesterov)
@@ -437,10 +474,21 @@ def no_momentum(anchors, places, momenta):
     return stepped(anchors, mean_distance(anchors, places), momenta, lambda d, m: -0.7 * d)
 
 
-@OUTER.wrong("meeting 1")
+@OUTER.wrong("the momenta are not 0.9·m + d")
 def momentum_not_kept(anchors, places, momenta):
     new, _ = stepped(anchors, mean_distance(anchors, places), momenta, nesterov)
     return new, momenta
+
+
+@OUTER.wrong("GPU 0's own distance")
+def each_for_itself(anchors, places, momenta):
+    moved = [a - p for a, p in zip(anchors, places, strict=True)]
+    return stepped(anchors, moved, momenta, nesterov)
+
+
+@OUTER.wrong("return the places first")
+def momenta_first(anchors, places, momenta):
+    return stepped(anchors, mean_distance(anchors, places), momenta, nesterov)[::-1]
 
 
 @OUTER.wrong("not equal to the bit")
