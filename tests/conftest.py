@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 from collections.abc import Iterator
 
 import matplotlib
@@ -17,6 +18,9 @@ from round_numbers import SPEC
 matplotlib.use("agg")
 torch.set_num_threads(1)  # the tensors are tiny, and pytest-xdist already uses the cores
 backend.register()  # once a process, and never undone: no test is the first
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and some are about it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Whether a test failed, for the fixture that looks at what it left.
 FAILED = pytest.StashKey[bool]()
