@@ -4,6 +4,7 @@ import importlib
 import math
 import pkgutil
 import re
+import runpy
 
 import nbformat
 import pytest
@@ -12,8 +13,8 @@ import explorer_frames
 import formulas
 import stage_site
 from course_lib import CLASSROOM, parallel
-from course_lib.explorers import frames, lesson_00
-from course_lib.planner import layer_work
+from course_lib.explorers import frames, lesson_00, lesson_03
+from course_lib.planner import layer_work, layouts, memory, models, timing
 from lesson_map import Lesson, as_svg, as_table, direct_needs, lesson_of, rows_of
 from notebook_tools import ROOT, lessons
 from picture_words import words_for
@@ -28,18 +29,25 @@ LESSONS = [
 MODULES = {
     module.name: importlib.import_module(f"{parallel.__name__}.{module.name}")
     for module in pkgutil.iter_modules(parallel.__path__)
-} | {"layer_work": layer_work}
+}
+PLANNER = (layer_work, layouts, memory, models, timing)
+MODULES |= {module.__name__.rpartition(".")[2]: module for module in PLANNER}
 SPEC = CLASSROOM
+NAMES = "NSpmkngclhvstAbdxyTEKf"
 VALUES = [
-    {"N": 2, "S": 4096, "p": 2, "m": 8, "k": 5, "n": 7},
-    {"N": 4, "S": 8192, "p": 4, "m": 16, "k": 3, "n": 2},
-    {"N": 8, "S": 1 << 20, "p": 8, "m": 32, "k": 64, "n": 1},
+    dict(zip(NAMES, values, strict=True))
+    for values in (
+        (2, 4096, 2, 8, 5, 7, 2, 1, 3, 64, 100, 32, 1, 4, 2, 6, 5.0, 3.0, 10, 4, 1, 1.0),
+        (4, 8192, 4, 16, 3, 2, 4, 2, 8, 512, 1000, 256, 2, 8, 1, 32, 9.0, 2.0, 50, 8, 2, 1.25),
+        (8, 1 << 20, 8, 32, 64, 1, 8, 4, 24, 1024, 51200, 2048, 4, 16, 4, 8, 7.0, 6.0, 9, 8, 3, 2),
+    )
 ]
 
 
 @pytest.mark.parametrize("row", formulas.formulas(), ids=lambda row: row.what)
 def test_a_formula_says_what_its_code_computes(row: formulas.Formula) -> None:
     gpu = {"a": SPEC.latency, "B": SPEC.link_bandwidth, "M": SPEC.memory_bandwidth}
+    gpu |= {"w": SPEC.network.latency, "W": SPEC.network.bandwidth}
     functions = {"ceil": math.ceil, "log2": math.log2, "min": min}
     for values in VALUES:
         expected = eval(row.formula, functions | gpu | values)
@@ -48,7 +56,7 @@ def test_a_formula_says_what_its_code_computes(row: formulas.Formula) -> None:
 
 def test_every_row_of_the_page_of_formulas_is_read() -> None:
     rows = re.findall(r"^\| [^|\n]+ \|.*\[\d\d\]\(", formulas.PAGE.read_text("utf-8"), re.MULTILINE)
-    assert len(formulas.formulas()) == len(rows) >= 15
+    assert len(formulas.formulas()) == len(rows) >= 30
 
 
 @pytest.mark.parametrize(
@@ -61,6 +69,23 @@ def test_every_row_of_the_page_of_formulas_is_read() -> None:
 )
 def test_a_formula_is_drawn_as_it_is_computed(formula: str, latex: str) -> None:
     assert formulas.as_latex(formula) == latex
+
+
+def test_the_sheet_of_formulas_is_of_the_page_as_it_is() -> None:
+    folder = ROOT / "docs" / "teaching"
+    handout = runpy.run_path(str(folder / "handout.py"))
+    svg = (folder / "handout.svg").read_text("utf-8")
+    assert handout["source"]() in svg, "run: python docs/teaching/handout.py"
+    assert f"<dc:title>{handout['TITLE']}</dc:title>" in svg
+    assert (folder / "handout.pdf").read_bytes().count(b"/Type /Page /Parent") == 1
+
+
+def test_the_parts_of_the_page_of_formulas_are_its_headings() -> None:
+    parts = formulas.parts()
+    assert [part.title for part in parts][::4] == ["What moves", "What a batch buys"]
+    assert parts[0].rows[0].lesson == "03" and parts[0].letters == ""
+    assert parts[-1].letters.startswith("A gradient of **b** examples")
+    assert formulas.letters().startswith("**N** GPUs; **S** bytes")
 
 
 # -------------------------------------------------------------------------- the map of lessons
@@ -155,6 +180,12 @@ def test_of_very_many_positions_some_options_are_left_out(monkeypatch) -> None:
     options = explorer_frames.kept_options(lesson_00.explore_queues())
     # 6 x 4 x 2, at the start 256, 4 and True
     assert options == {"side": [16, 256, 512], "products": [1, 4, 8], "read": [False, True]}
+
+
+def test_what_is_left_out_is_what_its_neighbours_are_nearest_to() -> None:
+    explorer = lesson_03.explore_all_reduce()
+    # Of 1, 2.5, 5, 10, 25 and 100 microseconds. The lesson asks from which on the tree is best.
+    assert explorer_frames.kept_options(explorer)["latency"] == [1, 2.5, 10, 25, 100]
 
 
 def test_a_position_that_is_not_kept_is_drawn() -> None:

@@ -30,7 +30,7 @@ from course_lib.explorers import frames
 from course_lib.explorers.explorer import Explorer, titles_of
 
 ROOT = Path(__file__).resolve().parent.parent
-MOST_POSITIONS = 1100  # of an explorer; of one that has more, some options are left out
+MOST_POSITIONS = 600  # of an explorer; of one that has more, some options are left out
 MOST_BYTES = 1_000_000  # of an explorer, on the page: base64 of its file
 
 # Colours that the page's dark theme changes. Elsewhere the second is what holds.
@@ -122,8 +122,8 @@ def drawn(explorer: Explorer, **values: Any) -> tuple[str, str]:
 def kept_options(explorer: Explorer) -> dict[str, list]:
     """The options of each control whose positions are kept: all, or as many as may be.
 
-    Of numbers, one after the other is left out of the longest row: never the first, the last, or
-    the one that the explorer starts with.
+    Of numbers, one after the other is left out of the longest row, the one whose neighbours are
+    the nearest to each other: never the first, the last, or the one that the explorer starts with.
     """
     options = {name: frames.options_of(each) for name, each in explorer.controls.items()}
     while math.prod(map(len, options.values())) > MOST_POSITIONS:
@@ -133,8 +133,22 @@ def kept_options(explorer: Explorer) -> dict[str, list]:
             if not isinstance(row[0], str)
         }
         longest = max(spare, key=lambda name: (bool(spare[name]), len(options[name])))
-        options[longest].remove(spare[longest][len(spare[longest]) // 2])
+        options[longest].remove(_least_missed(spare[longest], options[longest]))
     return options
+
+
+def _least_missed(spare: list, row: list) -> Any:
+    """Of the numbers ``spare`` of a row, that whose neighbours differ least; of several, one from
+    the middle."""
+
+    def gap(number: Any) -> float:
+        place = row.index(number)
+        before, after = row[place - 1], row[place + 1]
+        return round((after - before) / (abs(after) + abs(before)), 6)
+
+    smallest = min(map(gap, spare))
+    alike = [number for number in spare if gap(number) == smallest]
+    return alike[len(alike) // 2]
 
 
 def positions(explorer: Explorer) -> Iterator[dict]:

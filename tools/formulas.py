@@ -10,23 +10,56 @@ from notebook_tools import ROOT
 
 PAGE = ROOT / "docs" / "formulas.md"
 _ROW = re.compile(r"^(\| (?!\|)[^|]+ \| )`([^`]+)`( \| \[\d\d\]\([^)]+\) \| )`([^`]+)`( \|)$", re.M)
+_PART = re.compile(r"^## (.*)\n\n((?:[^|\n#].*\n)*)", re.M)
 _SIGNS: dict[type, str] = {ast.Add: " + ", ast.Sub: " - ", ast.Mult: r" \, "}
 _STRENGTH: dict[type, int] = {ast.Add: 1, ast.Sub: 1, ast.Mult: 2}
 
 
 @dataclass(frozen=True)
 class Formula:
-    """A row: what it is, the formula, and the call that gives the same."""
+    """A row: what it is, the formula, its lesson, and the call that gives the same."""
 
     what: str
     formula: str
+    lesson: str
     code: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of the page: its heading, the letters that it needs besides, and its rows."""
+
+    title: str
+    letters: str
+    rows: list[Formula]
+
+
+def letters() -> str:
+    """What the letters stand for, in Markdown: a paragraph."""
+    return PAGE.read_text(encoding="utf-8").partition("\n## ")[0].strip().split("\n\n")[-1]
+
+
+def parts() -> list[Part]:
+    """All parts of the page, in its order."""
+    text = PAGE.read_text(encoding="utf-8")
+    found = list(_PART.finditer(text))
+    ends = [each.start() for each in found[1:]] + [len(text)]
+    return [
+        Part(each[1], each[2].strip(), _formulas(text[each.end() : end]))
+        for each, end in zip(found, ends, strict=True)
+    ]
 
 
 def formulas() -> list[Formula]:
     """All rows of the page."""
-    text = PAGE.read_text(encoding="utf-8")
-    return [Formula(row[0].strip("| "), row[1], row[3]) for row in _ROW.findall(text)]
+    return [row for part in parts() for row in part.rows]
+
+
+def _formulas(text: str) -> list[Formula]:
+    return [
+        Formula(row[0].strip("| "), row[1], row[2].partition("[")[2][:2], row[3])
+        for row in _ROW.findall(text)
+    ]
 
 
 def drawn(text: str) -> str:

@@ -6,10 +6,11 @@ one measures is, on average::
 
     squared norm of a batch's gradient = |G|² + V / B
 
-Two batch sizes make two equations, and give |G|² and V. Their ratio, V / |G|², is the *simple noise
-scale* of McCandlish and others, "An empirical model of large-batch training" (2018): at a batch of
-that size, noise and gradient are equally long. In data parallelism both norms cost next to nothing:
-each device has the gradient of a small batch before the all-reduce, and of a large one after it.
+Two batch sizes make two equations, and give ``|G|²`` and V. Their ratio, ``V / |G|²``, is the
+*simple noise scale* of McCandlish and others, "An empirical model of large-batch training" (2018):
+at a batch of that size, noise and gradient are equally long. In data parallelism both norms cost
+next to nothing: each device has the gradient of a small batch before the all-reduce, and of a large
+one after it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Noise(NamedTuple):
     """What gradients are made of.
 
     Attributes:
-        signal: |G|², the squared norm of the true gradient. An estimate may be below zero.
+        signal: ``|G|²``, the squared norm of the true gradient. An estimate may be below zero.
         variance: V, the trace of the covariance of one example's gradient.
     """
 
@@ -36,7 +37,7 @@ class Noise(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """V / |G|², a number of examples; infinite where the signal drowns."""
+        """``V / |G|²``, a number of examples; infinite where the signal drowns."""
         return self.variance / self.signal if self.signal > 0 else float("inf")
 
 
