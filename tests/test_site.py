@@ -161,6 +161,14 @@ def test_every_picture_of_a_lesson_has_words(path) -> None:
             assert len(words) > len("Figure: a.") and "{" not in words, cell.id
 
 
+def test_the_words_of_a_figure_say_what_is_drawn_against_what() -> None:
+    source = 'ax.set(title=f"{link}, two", xlabel="seconds", ylabel="loss")\nb.set(xlabel="GPUs")'
+    cell = nbformat.v4.new_code_cell(source)
+    assert words_for([cell], 0) == "Figure: link, two."
+    cell.source = source.partition("\n")[0]
+    assert words_for([cell], 0) == "Figure: link, two; loss against seconds."
+
+
 # ------------------------------------------------------------------------------- the frames
 
 

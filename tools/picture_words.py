@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from nbformat import NotebookNode
 
 _TITLE = re.compile(r"(?:set_title\(|\btitle=)\s*f?\"([^\"]+)\"")
+_LABEL = re.compile(r"\b([xy])label(?:=|\()\s*f?\"([^\"]+)\"")
 _LONGEST = 300  # letters: more is for the text beside it
 
 
@@ -15,7 +16,8 @@ def words_for(cells: Sequence[NotebookNode], index: int) -> str:
     """What the picture that the cell shows is of.
 
     A picture of ``images/`` brings its own words, and an explorer its settings. A figure has its
-    title, and the first sentence that the lesson says of it below (two, if the first is short).
+    title, what its axes are, and the first sentence that the lesson says of it below (two, if the
+    first is short).
     """
     cell = cells[index]
     for output in cell.outputs:
@@ -30,7 +32,18 @@ def words_for(cells: Sequence[NotebookNode], index: int) -> str:
     if not titles:
         titles = [_heading(cells, index)]
     below = _first_sentence(cells[index + 1]) if index + 1 < len(cells) else ""
-    return f"Figure: {'; '.join(titles)}. {below}".strip()[:_LONGEST]
+    words = "; ".join(titles + _axes(cell.source))
+    return f"Figure: {words}. {below}".strip()[:_LONGEST]
+
+
+def _axes(source: str) -> list[str]:
+    """What is drawn against what, for each axes that has words at both of its sides."""
+    labels = {side: [_plain(each) for at, each in _LABEL.findall(source) if at == side]
+              for side in "xy"}  # fmt: skip
+    if len(labels["x"]) != len(labels["y"]):
+        return []
+    both = zip(labels["y"], labels["x"], strict=True)
+    return list(dict.fromkeys(f"{y} against {x}" for y, x in both))
 
 
 def _plain(title: str) -> str:
