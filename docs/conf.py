@@ -26,6 +26,7 @@ exclude_patterns = ["files/**", "_extra/**"]
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_number_source_lines = False
+nb_render_markdown_format = "myst"  # what a cell shows may be a table
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 myst_links_external_new_tab = False

@@ -89,6 +89,11 @@ def test_every_picture_has_words(page: Path) -> None:
     assert [image["src"] for image in read(page).images if not image.get("alt", "").strip()] == []
 
 
+@of_each_page
+def test_a_table_is_drawn_as_one(page: Path) -> None:
+    assert "<p>| " not in page.read_text(encoding="utf-8")
+
+
 def test_no_page_is_missing() -> None:
     built = {path.relative_to(SITE / "notebooks").stem for path in (SITE / "notebooks").glob("*")}
     assert built >= {path.stem for path in lessons()}
