@@ -119,7 +119,8 @@
 
   // What is wider than the screen scrolls by itself, so the keyboard must be able to reach it.
   function reachable() {
-    for (const box of document.querySelectorAll("article pre, article table, article .math")) {
+    const boxes = "article pre, article table, article .table-wrapper, article .math";
+    for (const box of document.querySelectorAll(boxes)) {
       if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
       else box.removeAttribute("tabindex");
     }
