@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from course_lib import ranks
 @contextmanager
 def nothing_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """After the block there is no file of a run, and no process but the fork server."""
+    get_temp_dir()  # the fork server's socket is elsewhere: a path to it must be short
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     yield
     assert list(folder.glob("course_ranks_*")) == []

@@ -8,10 +8,12 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Iterator
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 
 import pytest
@@ -291,22 +293,22 @@ def test_a_caller_that_is_killed_leaves_no_rank_and_no_file(tmp_path, pipe):
     """Another one goes on beside it. A script needs no ``if __name__ == "__main__"``."""
     script = tmp_path / "caller.py"
     script.write_text(CALLER)
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    caller = subprocess.Popen(
-        [sys.executable, str(script), str(pipe.path)],
-        env={**os.environ, "TMPDIR": str(folder)},
-        stdout=subprocess.PIPE,
-    )
-    try:
-        pipe.wait_for(2)
-        assert_usable()
-    finally:
-        caller.kill()
-    pipe.wait_for_the_end()
-    caller.communicate()  # until its fork server has ended too
-    # torch._dynamo makes a folder for what it compiles, wherever it is imported.
-    assert [path.name for path in folder.glob("[!t]*")] == []
+    # Not in tmp_path: the path to a socket has 107 characters at most.
+    with tempfile.TemporaryDirectory(dir=Path(get_temp_dir()).parent) as folder:
+        caller = subprocess.Popen(
+            [sys.executable, str(script), str(pipe.path)],
+            env={**os.environ, "TMPDIR": folder},
+            stdout=subprocess.PIPE,
+        )
+        try:
+            pipe.wait_for(2)
+            assert_usable()
+        finally:
+            caller.kill()
+        pipe.wait_for_the_end()
+        caller.communicate()  # until its fork server has ended too
+        # torch._dynamo makes a folder for what it compiles, wherever it is imported.
+        assert [path.name for path in Path(folder).glob("[!t]*")] == []
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
