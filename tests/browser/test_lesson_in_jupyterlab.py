@@ -94,7 +94,10 @@ def cell(page: sync_api.Page, cell_id: str) -> sync_api.Locator:
 
 
 def saved(page: sync_api.Page) -> dict[str, nbformat.NotebookNode]:
-    with page.expect_response(lambda answer: answer.request.method == "PUT"):
+    # JupyterLab stores where its windows are with a PUT as well.
+    with page.expect_response(
+        lambda answer: answer.request.method == "PUT" and "/api/contents/" in answer.url
+    ):
         page.get_by_role("button", name="Save and create checkpoint").click()
     return {each["id"]: each for each in nbformat.read(LESSON, 4).cells}
 
