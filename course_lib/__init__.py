@@ -22,6 +22,7 @@ from course_lib.timeline import Trace, region, trace
 from course_lib.virtual.hazards import StreamHazard
 from course_lib.virtual.memory import format_bytes
 from course_lib.virtual.network import ETHERNET, INFINIBAND_HDR, INFINIBAND_NDR, Network
+from course_lib.virtual.paper import PaperMachine
 from course_lib.virtual.spec import A100, A100_PCIE, CLASSROOM, GB200, H100, H200, LAPTOP, Spec
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "INFINIBAND_NDR",
     "LAPTOP",
     "Network",
+    "PaperMachine",
     "Spec",
     "StreamHazard",
     "Trace",

@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 import course_lib
-from course_lib import CLASSROOM, ETHERNET, INFINIBAND_HDR, Network, Spec, Trace
-from course_lib.hardware import fresh_devices
+from course_lib import CLASSROOM, ETHERNET, INFINIBAND_HDR, Network, PaperMachine, Spec, Trace
 from course_lib.parallel.all_reduce_costs import SECONDS, AllReduce, fastest_all_reduce
+from course_lib.parallel.all_to_all_costs import (
+    all_to_all_bytes,
+    all_to_all_seconds,
+    hierarchical_all_to_all_bytes,
+    hierarchical_all_to_all_seconds,
+)
 from course_lib.parallel.collectives import ring_all_reduce, tree_all_reduce
 from course_lib.parallel.double_tree import double_tree_all_reduce, parents
 from course_lib.parallel.node_collectives import (
@@ -143,10 +148,12 @@ def test_pieces_follow_each_other_down_and_up_the_trees():
 
 
 def test_between_many_nodes_two_trees_sum_few_bytes_before_a_ring_or_one_tree_does():
-    ours, ring, one_tree = (
-        run(all_reduce, PATIENT, 64, 1, 1000).seconds
-        for all_reduce in (double_tree_all_reduce, ring_all_reduce, tree_all_reduce)
-    )
+    def seconds(all_reduce: AllReduce) -> float:
+        machine = PaperMachine(64, PATIENT, nodes=64)
+        all_reduce(machine.tensors(1000))
+        return machine.seconds
+
+    ours, ring, one_tree = map(seconds, (double_tree_all_reduce, ring_all_reduce, tree_all_reduce))
     assert ours < 0.9 * ring
     assert ours < 0.5 * one_tree
 
@@ -186,20 +193,34 @@ def test_over_two_levels_fewer_messages_cross_the_network_with_the_same_bytes():
         return len(crossing), recording.bytes_by_link["network"]
 
     nbytes = 8 * 4 * 100 * 4  # each of 8 GPUs has a part for each of the 4 of the other node
+    assert all_to_all_bytes(2, 4, 400)["network"] == nbytes
     assert messages(all_to_all) == (32, nbytes)
     assert messages(hierarchical_all_to_all) == (8, nbytes)
 
 
-@pytest.mark.parametrize("nodes, size", [(1, 4), (2, 4), (3, 2)])
-def test_nobody_waits_in_an_all_to_all(nodes: int, size: int):
-    with fresh_devices(nodes * size, PATIENT, "meta", nodes) as gpus:
-        parts = [[torch.empty(10_000, device=gpu) for _ in gpus] for gpu in gpus]
-        with course_lib.trace() as recording:
-            all_to_all(parts)
-    inside = PATIENT.latency + 40_000 / PATIENT.link_bandwidth
-    outside = PATIENT.network.latency + 40_000 / PATIENT.network.bandwidth
-    alone = (size - 1) * inside + (nodes - 1) * size * outside
-    assert recording.seconds == pytest.approx(alone, rel=0.01)
+@pytest.mark.parametrize("cards", [0, 1])
+@pytest.mark.parametrize("nodes, size", [(1, 4), (2, 4), (3, 2), (4, 1), (5, 3)])
+@pytest.mark.parametrize(
+    "exchange, nbytes_formula, seconds_formula",
+    [
+        (all_to_all, all_to_all_bytes, all_to_all_seconds),
+        (
+            hierarchical_all_to_all,
+            hierarchical_all_to_all_bytes,
+            hierarchical_all_to_all_seconds,
+        ),
+    ],
+)
+def test_an_all_to_all_moves_and_takes_what_its_formulas_say(
+    exchange, nbytes_formula, seconds_formula, nodes: int, size: int, cards: int
+):
+    spec = PATIENT.with_(network=Network("test", 25e6, "", cards=cards))
+    machine = PaperMachine(nodes * size, spec, nodes)
+    exchange(
+        [tensor.tensor_split(nodes * size) for tensor in machine.tensors(nodes * size * 10_000)]
+    )
+    assert machine.bytes_by_link == nbytes_formula(nodes, size, 40_000)
+    assert machine.seconds == pytest.approx(seconds_formula(spec, nodes, size, 40_000), rel=0.01)
 
 
 def test_an_all_to_all_over_nodes_of_different_size_brings_every_part_too():

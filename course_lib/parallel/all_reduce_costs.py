@@ -24,8 +24,12 @@ def ring_seconds(spec: Spec, nodes: int, size: int, nbytes: float) -> float:
     """Of :func:`ring_all_reduce` over ``nodes`` of ``size`` GPUs, for tensors of ``nbytes``."""
     count = nodes * size
     chunk = nbytes / count
-    send = _send(spec, chunk) if nodes == 1 else max(_send(spec, chunk), _cross(spec, chunk))
-    return (count - 1) * (2 * send + _add(spec, chunk))
+    send = (
+        send_seconds(spec, chunk)
+        if nodes == 1
+        else max(send_seconds(spec, chunk), cross_seconds(spec, chunk))
+    )
+    return (count - 1) * (2 * send + add_seconds(spec, chunk))
 
 
 def tree_seconds(spec: Spec, nodes: int, size: int, nbytes: float) -> float:
@@ -35,17 +39,17 @@ def tree_seconds(spec: Spec, nodes: int, size: int, nbytes: float) -> float:
     """
     inside = ceil(log2(size))
     between = ceil(log2(nodes * size)) - inside
-    moves = inside * _send(spec, nbytes) + between * _cross(spec, nbytes)
-    return 2 * moves + (inside + between) * _add(spec, nbytes)
+    moves = inside * send_seconds(spec, nbytes) + between * cross_seconds(spec, nbytes)
+    return 2 * moves + (inside + between) * add_seconds(spec, nbytes)
 
 
 def hierarchical_seconds(spec: Spec, nodes: int, size: int, nbytes: float) -> float:
     """Of :func:`hierarchical_all_reduce`; GPUs that share a card take turns in every round."""
     shard = nbytes / size
-    inside = (size - 1) * (2 * _send(spec, shard) + _add(spec, shard))
+    inside = (size - 1) * (2 * send_seconds(spec, shard) + add_seconds(spec, shard))
     chunk = shard / nodes
     turns = ceil(size / (spec.network.cards or size))
-    between = (nodes - 1) * (2 * turns * _cross(spec, chunk) + _add(spec, chunk))
+    between = (nodes - 1) * (2 * turns * cross_seconds(spec, chunk) + add_seconds(spec, chunk))
     return inside + between
 
 
@@ -61,13 +65,16 @@ def fastest_all_reduce(spec: Spec, nodes: int, size: int, nbytes: float) -> AllR
     return min(SECONDS, key=lambda all_reduce: SECONDS[all_reduce](spec, nodes, size, nbytes))
 
 
-def _send(spec: Spec, nbytes: float) -> float:
+def send_seconds(spec: Spec, nbytes: float) -> float:
+    """Of a copy inside a node."""
     return spec.latency + nbytes / spec.link_bandwidth
 
 
-def _cross(spec: Spec, nbytes: float) -> float:
+def cross_seconds(spec: Spec, nbytes: float) -> float:
+    """Of a copy through the network."""
     return spec.network.latency + nbytes / spec.network.bandwidth
 
 
-def _add(spec: Spec, nbytes: float) -> float:
+def add_seconds(spec: Spec, nbytes: float) -> float:
+    """In which a GPU adds a tensor to another: it reads two numbers and writes one."""
     return 3 * nbytes / spec.memory_bandwidth

@@ -14,11 +14,13 @@ bytes (``reduce_dtype`` in PyTorch's FSDP and in :mod:`course_lib.parallel.shard
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from course_lib.hardware import is_tensor
 from course_lib.parallel.ring import Ring
 
 
@@ -61,20 +63,25 @@ def tree_all_reduce(tensors: Iterable[Tensor]) -> None:
     :func:`all_reduce` does.
     """
     tensors = matching(tensors)
-    distances = [1]
-    while 2 * distances[-1] < len(tensors):
-        distances.append(2 * distances[-1])
-    for distance in distances:
-        for receiver, sender in _pairs(tensors, distance):
+    rounds = tree_rounds(tensors)
+    for pairs in rounds:
+        for receiver, sender in pairs:
             receiver.add_(sender.to(receiver.device))
-    for distance in reversed(distances):
-        for sender, receiver in _pairs(tensors, distance):
+    for pairs in reversed(rounds):
+        for sender, receiver in pairs:
             receiver.copy_(sender)
 
 
-def _pairs(tensors: list[Tensor], distance: int) -> list[tuple[Tensor, Tensor]]:
-    """Neighbours in one level of the tree: 0 and 1, 2 and 3; then 0 and 2; and so on."""
-    return list(zip(tensors[:: 2 * distance], tensors[distance :: 2 * distance], strict=False))
+def tree_rounds(members: Sequence[Any]) -> list[list[tuple[Any, Any]]]:
+    """Up a tree, round by round, pairs of which the second one sends to the first.
+
+    Neighbours first, 0 and 1, 2 and 3; then 0 and 2; and so on. Down it goes the other way round.
+    """
+    distances = [2**level for level in range((len(members) - 1).bit_length())]
+    return [
+        list(zip(members[:: 2 * distance], members[distance :: 2 * distance], strict=False))
+        for distance in distances
+    ]
 
 
 def ring_all_reduce(tensors: Iterable[Tensor]) -> None:
@@ -149,7 +156,7 @@ def all_gather(shards: Iterable[Tensor]) -> list[Tensor]:
         )
     sizes = [len(shard) for shard in shards]
     shape = (sum(sizes), *shards[0].shape[1:])
-    tensors = [torch.empty(shape, dtype=s.dtype, device=s.device) for s in shards]
+    tensors = [shard.new_empty(shape) for shard in shards]
     chunks = [tensor.split(sizes) for tensor in tensors]
     for rank, shard in enumerate(shards):
         chunks[rank][rank].copy_(shard)
@@ -179,7 +186,7 @@ def matching(tensors: Iterable[Tensor], first_dimension: bool = True) -> list[Te
     if not tensors:
         raise ValueError("a collective needs at least one tensor")
     for tensor in tensors:
-        if not isinstance(tensor, Tensor):
+        if not is_tensor(tensor):
             raise TypeError(f"a collective takes tensors, and one of these is {tensor!r:.60}")
     if len({id(tensor) for tensor in tensors}) < len(tensors):
         raise ValueError("a collective needs different tensors, and one of these is there twice")

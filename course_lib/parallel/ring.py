@@ -23,6 +23,11 @@ Chunks = Sequence[Sequence[Tensor]]
 Combine = Callable[[Tensor, Tensor], Tensor]
 
 
+def add(total: Tensor, part: Tensor) -> Tensor:
+    """The combination of a sum, on paper too."""
+    return total.add_(part)
+
+
 class Ring:
     """The streams on which devices send to each other.
 
@@ -57,7 +62,7 @@ class Ring:
             each.wait_stream(self.send[rank])
             each.wait_stream(self.receive[rank])
 
-    def reduce_scatter(self, chunks: Chunks, combine: Combine = Tensor.add_) -> None:
+    def reduce_scatter(self, chunks: Chunks, combine: Combine = add) -> None:
         """In N - 1 rounds every chunk travels once round the ring, growing by each rank's part.
 
         It sets out next to its owner and ends there: chunk r is complete on rank r. On the way it
@@ -74,7 +79,7 @@ class Ring:
             self.next_round()
 
     def reduce_scatter_into(
-        self, outputs: Sequence[Tensor], chunks: Chunks, combine: Combine = Tensor.add_
+        self, outputs: Sequence[Tensor], chunks: Chunks, combine: Combine = add
     ) -> None:
         """As :meth:`reduce_scatter`, but the chunks stay, and the sums end in ``outputs``.
 
@@ -119,7 +124,7 @@ class Ring:
                         chunks[following][number].copy_(chunks[rank][number])
             self.next_round()
 
-    def reduce(self, chunks: Chunks, root: int, combine: Combine = Tensor.add_) -> None:
+    def reduce(self, chunks: Chunks, root: int, combine: Combine = add) -> None:
         """All chunks travel down the line that ends at ``root``, growing by each rank's part.
 
         The chunks of ``root`` are the sums then; those of others stay.
@@ -142,17 +147,12 @@ class Ring:
                         travelling[following, number] = combine(arrived, own)
             self.next_round()
 
-    @contextmanager
-    def between(self, rank: int, following: int) -> Iterator[None]:
+    def between(self, rank: int, following: int) -> AbstractContextManager:
         """Enqueue on the sending stream of one rank and the receiving one of another."""
         send, receive = self.send[rank], self.receive[following]
-        share_a_device = send.device == receive.device  # between two devices a copy waits for both
-        if share_a_device:
-            receive.wait_stream(send)
-        with send, receive:
-            yield
-        if share_a_device:
-            send.wait_stream(receive)
+        if self.devices[rank] == self.devices[following]:
+            return _one_after_the_other(send, receive)
+        return _Both(send, receive)
 
     def on(self, rank: int) -> AbstractContextManager:
         """Enqueue on the stream where a rank receives."""
@@ -162,3 +162,29 @@ class Ring:
         """What a device sends next is what it has received."""
         for send, receive in zip(self.send, self.receive, strict=True):
             send.wait_stream(receive)
+
+
+class _Both:
+    """``with send, receive:`` as one block; rings of many GPUs enter millions of them."""
+
+    __slots__ = ("receive", "send")
+
+    def __init__(self, send: Stream, receive: Stream) -> None:
+        self.send, self.receive = send, receive
+
+    def __enter__(self) -> None:
+        self.send.__enter__()
+        self.receive.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.receive.__exit__(*error)
+        self.send.__exit__(*error)
+
+
+@contextmanager
+def _one_after_the_other(send: Stream, receive: Stream) -> Iterator[None]:
+    """Both streams of one device, where no copy waits for both: that is said here."""
+    receive.wait_stream(send)
+    with send, receive:
+        yield
+    send.wait_stream(receive)

@@ -16,13 +16,13 @@ from course_lib.spans import Span
 from course_lib.timeline import chrome_trace
 from course_lib.virtual.hazards import Hazard
 from course_lib.virtual.machine import DEVICE_TYPE
-from course_lib.virtual.network import ONE_NODE, Nodes
+from course_lib.virtual.network import NETWORK, ONE_NODE, WITHIN, Nodes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 KINDS = ("matmul", "other", "copy")
-LINKS = ("within a node", "network", "host")  # what a copy can cross
+LINKS = (WITHIN, NETWORK, "host")  # what a copy can cross
 
 
 class MemoryHistory:
@@ -100,7 +100,7 @@ class Trace:
         if source is None or destination is None:
             return "host"
         joined = self.nodes.network_joins(source, destination)
-        return "network" if joined else "within a node"
+        return NETWORK if joined else WITHIN
 
     @property
     def bytes_by_link(self) -> dict[str, int]:

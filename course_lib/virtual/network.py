@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass, replace
 from numbers import Real
 
+WITHIN, NETWORK = "within a node", "network"  # the links between GPUs
+
 
 def is_finite(number: object) -> bool:
     """Whether it is a number, and neither infinite nor NaN nor a truth value."""

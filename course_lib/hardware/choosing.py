@@ -1,51 +1,20 @@
-"""Which GPUs to use, real or virtual. Nothing above this module needs to know which they are."""
+"""Which GPUs to use, real or virtual: ``devices()`` decides, and says so."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
 
 import torch
 
 from course_lib import tracebacks
-from course_lib.virtual import streams as virtual_streams
 from course_lib.virtual.adapters import loading
 from course_lib.virtual.machine import DEVICE_TYPE, MAX_DEVICES, machine
 from course_lib.virtual.memory import format_bytes
 from course_lib.virtual.spec import CLASSROOM, Spec
 
 loading.prepare()  # a file that was saved on a virtual GPU can be met before devices() is called
-
-
-class Event(Protocol):
-    """What a ``torch.cuda.Event`` and a virtual one have in common."""
-
-    def record(self, stream: Any = None, /) -> None: ...
-    def wait(self, stream: Any = None, /) -> None: ...
-    def synchronize(self) -> None: ...
-    def query(self) -> bool: ...
-    def elapsed_time(self, end: Any, /) -> float: ...
-
-
-class Stream(Protocol):
-    """What a ``torch.cuda.Stream`` and a virtual one have in common.
-
-    Each takes streams and events of its own kind alone, which is more than a type can say here.
-    """
-
-    @property
-    def device(self) -> torch.device: ...
-    def wait_stream(self, other: Any, /) -> None: ...
-    def wait_event(self, event: Any, /) -> None: ...
-    def record_event(self, event: Any = None, /) -> Event: ...
-    def synchronize(self) -> None: ...
-    def query(self) -> bool: ...
-    def __enter__(self) -> Any: ...
-    def __exit__(self, *error: Any) -> None: ...
-
 
 ENVIRONMENT_VARIABLE = "COURSE_DEVICES"
 
@@ -77,7 +46,13 @@ def devices(
             ``backing`` that this machine does not have.
     """
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_DEVICES:
-        raise ValueError(f"devices(count) takes a whole number from 1 to {MAX_DEVICES}: {count!r}")
+        way = ""
+        if isinstance(count, int) and count > MAX_DEVICES:
+            joined = f", nodes={nodes}" if nodes != 1 else ""
+            way = f"; collectives on more are played on paper, by PaperMachine({count}{joined})"
+        raise ValueError(
+            f"devices(count) takes a whole number from 1 to {MAX_DEVICES}: {count!r}{way}"
+        )
     if spec is not None and not isinstance(spec, Spec):
         raise TypeError(f"devices(count, spec) takes a Spec, such as A100 / 1000: {spec!r}")
     if machine.clock.listeners:
@@ -167,119 +142,3 @@ def _plural(count: int, noun: str) -> str:
 
 def _range(kind: str, count: int) -> str:
     return f"{kind}:0" if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
-
-
-def is_virtual(device: torch.device | str) -> bool:
-    """Whether ``device`` is a virtual GPU, or the name of one."""
-    if isinstance(device, str):  # PyTorch does not know the name before devices() was called
-        return device.partition(":")[0] == DEVICE_TYPE
-    if not isinstance(device, torch.device):
-        raise TypeError(f"a device is a torch.device or its name, such as 'cuda:0': {device!r}")
-    return device.type == DEVICE_TYPE
-
-
-def _existing(device: torch.device | str) -> torch.device:
-    """``device`` with its index.
-
-    Raises:
-        RuntimeError: it is no GPU, or not there.
-    """
-    if is_virtual(device):
-        if isinstance(device, str):
-            machine.check_index(0)
-            device = torch.device(device)
-        index = machine.clock.current_device if device.index is None else device.index
-        machine.check_index(index)
-        return torch.device(DEVICE_TYPE, index)
-    device = torch.device(device)
-    if device.type != "cuda":
-        raise RuntimeError(f"this is for GPUs, real or virtual, and not for {str(device)!r}")
-    count = torch.cuda.device_count()
-    index = device.index
-    if index is None and count:
-        index = torch.cuda.current_device()
-    if index is None or index >= count:
-        raise RuntimeError(
-            f"{device} does not exist: this machine has {count} real GPU{'' if count == 1 else 's'}"
-        )
-    return torch.device("cuda", index)
-
-
-def node_of(device: torch.device | str) -> int:
-    """The node that ``device`` stands in, from 0. Real GPUs are those of one machine: 0."""
-    gpu = _existing(device)
-    return machine.clock.nodes.node_of(gpu.index) if is_virtual(gpu) else 0
-
-
-def holds_numbers(device: torch.device) -> bool:
-    """Whether tensors on ``device`` have numbers, and not only a shape."""
-    return device.type != "meta" and not (is_virtual(device) and machine.backing.type == "meta")
-
-
-def stream(device: torch.device | str) -> Stream:
-    """A new side stream of ``device``: ``with course_lib.stream(gpu):`` enqueues work there.
-
-    Work on different streams of a device runs at the same time if the device can do both (a copy
-    beside a product), and in no order, until one stream waits for the other. A copy between two
-    devices is enqueued on the current streams of both. On a real GPU it is a
-    ``torch.cuda.Stream``; a virtual one has the same methods.
-    """
-    gpu = _existing(device)
-    return machine.clock.new_stream(gpu.index) if is_virtual(gpu) else torch.cuda.Stream(gpu)
-
-
-def current_stream(device: torch.device | str) -> Stream:
-    """The stream of ``device`` that work is enqueued on: the default one, outside of any block."""
-    gpu = _existing(device)
-    if is_virtual(gpu):
-        return machine.clock.current[gpu.index]
-    return torch.cuda.current_stream(gpu)
-
-
-def event(device: torch.device | str) -> Event:
-    """A new event, to ``record`` on a stream of ``device`` and to ``wait`` for on any stream.
-
-    On a real GPU it is a ``torch.cuda.Event`` that keeps the time.
-    """
-    gpu = _existing(device)
-    if is_virtual(gpu):
-        return virtual_streams.Event(machine.clock.streams[gpu.index][0])
-    return torch.cuda.Event(enable_timing=True)
-
-
-def synchronize() -> None:
-    """Make the host wait until every GPU has done all its work."""
-    machine.synchronize()
-    for gpu in real_devices:
-        torch.cuda.synchronize(gpu)
-
-
-def host_seconds() -> float:
-    """What the host's clock says: simulated when the GPUs are virtual, measured otherwise."""
-    return machine.clock.host if machine.device_count else time.perf_counter()
-
-
-def memory_in_use(device: torch.device | str) -> int:
-    """Bytes that tensors on ``device`` hold at this moment."""
-    gpu = _existing(device)
-    return torch.get_device_module(gpu).memory_allocated(gpu)
-
-
-def peak_memory(device: torch.device | str) -> int:
-    """The most bytes in use on ``device`` since the last :func:`reset_peak_memory`."""
-    gpu = _existing(device)
-    return torch.get_device_module(gpu).max_memory_allocated(gpu)
-
-
-def reset_peak_memory(device: torch.device | str) -> None:
-    """Start measuring :func:`peak_memory` anew, from what is in use now."""
-    gpu = _existing(device)
-    torch.get_device_module(gpu).reset_peak_memory_stats(gpu)
-
-
-def memory_capacity(device: torch.device | str) -> int:
-    """Bytes of memory that ``device`` has."""
-    gpu = _existing(device)
-    if is_virtual(gpu):
-        return int(machine.spec.memory)
-    return torch.cuda.get_device_properties(gpu).total_memory
