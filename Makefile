@@ -37,7 +37,7 @@ ROOT := --allow-root
 endif
 
 .PHONY: help lab fresh test browser unit nb notebooks portable test-with conformance \
-  pytorch-tests images frames student slides bench lint constraints dist site site-test clean
+  pytorch-tests build/hosted images badges frames student slides bench lint constraints dist site site-test clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -86,8 +86,12 @@ test-with: ## Run the unit tests under another PyTorch (TORCH=2.14.1)
 notebooks: $(STAMP) ## Run the notebooks anew and keep their outputs (one: NB=notebooks/02_x.ipynb)
 	$(PY) tools/notebook_tools.py execute $(NB)
 
-images: $(STAMP) ## Draw every picture anew
-	@for script in images/*.py; do echo "$$script"; $(PY) "$$script" || exit 1; done
+images: $(STAMP) ## Draw every picture anew, and the printed sheet of formulas
+	@for script in images/*.py docs/teaching/handout.py; do \
+	  echo "$$script"; $(PY) "$$script" || exit 1; done
+
+badges: $(STAMP) ## Write the course's address into README.md, from [project.urls] in pyproject.toml
+	$(PY) tools/addresses.py
 
 frames: $(STAMP) ## Draw every position of the explorers anew whose code has changed (minutes)
 	$(PY) tools/explorer_frames.py $(EXPLORER)
@@ -99,6 +103,9 @@ student: $(STAMP) ## Make the lessons without solutions, and an answer key, in b
 slides: $(STAMP) ## Make a deck for each lesson, to edit and to show, in build/slides
 	@$(PIP) install -q python-pptx
 	$(PY) tools/slides.py build/slides
+
+build/hosted: $(STAMP) # the lessons as Colab and hubs open them; .github/workflows/site.yml asks
+	$(PY) tools/hosted.py $@
 
 bench: $(STAMP) ## Run the benchmarks: virtual GPUs, then real processes
 	$(PY) tools/bench_virtual.py

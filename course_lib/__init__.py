@@ -4,6 +4,7 @@
 did. The rest is in modules named after what they hold.
 """
 
+from course_lib import tried_versions  # noqa: F401  (first: it warns before another one fails)
 from course_lib.hardware import (
     current_stream,
     devices,

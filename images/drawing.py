@@ -177,6 +177,24 @@ class Picture:
         self.line((left, y + 8), (left, y), (right, y), (right, y + 8), colour=SOFT, thickness=1.5)
         self.text((left + right) / 2, y - 12, words, size=15, bold=True)
 
+    def uncover(self, x: float, y: float, width: float, height: float, seconds: float) -> None:
+        """Hide what was drawn there so far, and show it from left to right, twice; then it stays.
+
+        Where nothing moves (in the PNG, on paper, for readers who ask for less motion), all of it
+        is there from the start.
+        """
+        place = f'x="{_number(x)}" y="{_number(y)}" width="{_number(width)}" height="{height:g}"'
+        name = f"cover{len(self._parts)}"
+        # The cover moves to the right, out of the room in which it can be seen, and waits there.
+        self._parts.append(
+            f"<style>@media (prefers-reduced-motion: no-preference) {{ .{name} {{ "
+            f"animation: {name} {seconds * 4 / 3:g}s linear 2 }} }} "
+            f"@keyframes {name} {{ 0% {{ visibility: visible; transform: none }} 75%, 100% "
+            f"{{ visibility: visible; transform: translateX({_number(width)}px) }} }}</style>"
+            f'<clipPath id="{name}"><rect {place}/></clipPath><g clip-path="url(#{name})">'
+            f'<rect class="{name}" {place} fill="white" visibility="hidden"/></g>'
+        )
+
     def svg(self) -> str:
         """The whole file."""
         head = (

@@ -73,3 +73,13 @@ def test_text_is_text_and_large_enough(picture):
     ]
     assert root.findall(f".//{SVG}text")
     assert min(sizes) * shown >= SMALLEST_FONT
+
+
+def test_a_moving_picture_is_whole_where_nothing_moves():
+    svg = (IMAGES / "overlap.svg").read_text("utf-8")
+    covers = re.findall(r'<rect class="cover\d+"[^>]*>', svg)
+    assert covers and all('visibility="hidden"' in cover for cover in covers)
+    still = re.sub(r"@media \(prefers-reduced-motion: no-preference\) \{ .*? \} \}", "", svg)
+    assert "animation:" in svg and "animation:" not in still
+    assert "linear 2 }" in svg, "it moves twice, and then stays"
+    assert len(svg.encode()) < 100_000

@@ -17,6 +17,7 @@ from course_lib.parallel import data_parallel, flat_unit
 from course_lib.parallel.data_parallel import replicate, split_batch
 from course_lib.parallel.proof import largest_difference
 from course_lib.parallel.sharded_data_parallel import Sharded
+from course_lib.parallel.unit_exchange import bytes_a_step
 
 CLOSE = 1e-12
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)
@@ -173,6 +174,7 @@ def test_a_device_sends_the_bytes_of_the_paper(stage: int, count: int) -> None:
     _, sent = held_and_sent(stage, count)
     times = [2, 2, 2, 3][stage] * (count - 1) / count
     assert sent == [times * 2 * LARGE] * count
+    assert sent == [bytes_a_step(stage, count, 2 * LARGE)] * count
 
 
 def test_the_peak_of_stage_3_is_its_share_and_a_few_units() -> None:

@@ -8,12 +8,19 @@ import runpy
 
 import nbformat
 import pytest
+import torch
+from matplotlib.figure import Figure
 
+import addresses
 import explorer_frames
 import formulas
+import frame_sources
+import reference_pages
+import small_svg
 import stage_site
 from course_lib import CLASSROOM, parallel
 from course_lib.explorers import frames, lesson_00, lesson_03
+from course_lib.explorers.explorer import Explorer, choice
 from course_lib.planner import layer_work, layouts, memory, models, timing
 from lesson_map import Lesson, as_svg, as_table, direct_needs, lesson_of, rows_of
 from notebook_tools import ROOT, lessons
@@ -48,10 +55,11 @@ VALUES = [
 def test_a_formula_says_what_its_code_computes(row: formulas.Formula) -> None:
     gpu = {"a": SPEC.latency, "B": SPEC.link_bandwidth, "M": SPEC.memory_bandwidth}
     gpu |= {"w": SPEC.network.latency, "W": SPEC.network.bandwidth}
-    functions = {"ceil": math.ceil, "log2": math.log2, "min": min}
+    functions = {"ceil": math.ceil, "log2": math.log2, "min": min, "sqrt": math.sqrt}
     for values in VALUES:
         expected = eval(row.formula, functions | gpu | values)
-        assert eval(row.code, MODULES | {"gpu": SPEC} | values) == pytest.approx(expected)
+        found = eval(row.code, MODULES | {"gpu": SPEC, "torch": torch} | values)
+        assert found == pytest.approx(expected)
 
 
 def test_every_row_of_the_page_of_formulas_is_read() -> None:
@@ -65,6 +73,7 @@ def test_every_row_of_the_page_of_formulas_is_read() -> None:
         ("2 * (N - 1) / N * S", r"\frac{2 \, (N - 1)}{N} \, S"),
         ("ceil(log2(N)) * min(p, m)", r"\lceil \log_2 N \rceil \, \min(p, m)"),
         ("1 - 1 / p", r"1 - \frac{1}{p}"),
+        ("sqrt(N)", r"\sqrt{N}"),
     ],
 )
 def test_a_formula_is_drawn_as_it_is_computed(formula: str, latex: str) -> None:
@@ -152,6 +161,30 @@ def test_links_lead_to_the_same_files_from_their_new_place(tmp_path) -> None:
     assert stage_site.relinked(code, ROOT / "README.md", tmp_path) == code
 
 
+def test_a_badge_is_words_on_the_page(monkeypatch, tmp_path) -> None:
+    known = addresses.Addresses("https://github.com/o/n", "https://o.github.io/n", "1")
+    section = addresses.with_addresses("<!-- badges -->\n<!-- /badges -->", known)
+    monkeypatch.setattr(stage_site, "readme_section", lambda title: section)
+    stage_site._stage_page(ROOT / "docs" / "start.md", tmp_path)
+    page = (tmp_path / "start.md").read_text("utf-8")
+    assert f"[Start on Binder]({known.binder})" in page
+    assert "badge.svg" not in page and "badge_logo" not in page
+
+
+def test_every_module_is_in_the_reference(tmp_path) -> None:
+    reference_pages.write(tmp_path / "reference")
+    pages = "\n".join(path.read_text("utf-8") for path in (tmp_path / "reference").iterdir())
+    named = set(re.findall(r"automodule:: (\S+)", pages))
+    public = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in (ROOT / "course_lib").rglob("*.py")
+        if "__main__" not in path.name and path.read_text("utf-8").strip()
+    }
+    assert named == {name for name in public if not name.rpartition(".")[2].startswith("_")}
+    index = (tmp_path / "reference" / "index.md").read_text("utf-8")
+    assert "\nranks.by_hand\n" in index and (tmp_path / "reference" / "ranks.by_hand.md").exists()
+
+
 @pytest.mark.parametrize("path", lessons(), ids=lambda path: path.stem)
 def test_every_picture_of_a_lesson_has_words(path) -> None:
     cells = nbformat.read(path, as_version=4).cells
@@ -205,20 +238,104 @@ def test_a_position_that_is_not_kept_is_drawn() -> None:
 
 def test_a_small_svg_says_what_the_figure_says(gpus) -> None:
     svg, titles = explorer_frames.drawn(lesson_00.explore_queues())
-    assert titles in explorer_frames.words_in(svg)
+    assert titles in small_svg.words_in(svg)
     assert not re.search(r"\d\.\d\d+", re.sub(r">[^<]*<", "><", svg)), "places in tenths"
     assert "http" not in svg.replace('xmlns="http://www.w3.org/2000/svg"', "")
 
 
-def test_what_a_picture_depends_on_is_code_and_not_comments(monkeypatch, tmp_path) -> None:
-    package = tmp_path / "course_lib"
-    package.mkdir()
-    (package / "__init__.py").write_text('"""A package."""\n')
-    (package / "one.py").write_text("from course_lib import two\n")
-    (package / "two.py").write_text("x = 1  # why\n")
-    monkeypatch.setattr(explorer_frames, "ROOT", tmp_path)
-    before = explorer_frames.sources_of("course_lib.one")
-    (package / "two.py").write_text('"""Words."""\n\nx = 1  # because\n')
-    assert explorer_frames.sources_of("course_lib.one") == before
-    (package / "two.py").write_text("x = 2  # why\n")
-    assert explorer_frames.sources_of("course_lib.one") != before
+@pytest.mark.parametrize("path", sorted(frames.FOLDER.glob("*.gz")), ids=lambda path: path.stem)
+def test_every_shape_that_a_picture_uses_is_in_it(path) -> None:
+    for svg in frames.read(path).frames:
+        used = re.findall(r'(?:href="|url\()#(\w+)', svg)
+        assert set(used) <= set(re.findall(r' id="(\w+)"', svg))
+
+
+OWN = "from course_lib import below\nfrom course_lib.explorers import explorer\n"
+
+
+def course(folder) -> dict:
+    """A small course with an explorer, one module that it draws with, and one that shows it."""
+    package = folder / "course_lib"
+    (package / "explorers").mkdir(parents=True)
+    for name in ("__init__.py", "explorers/__init__.py", "explorers/explorer.py"):
+        (package / name).write_text('"""A package."""\n')
+    (package / "explorers" / "lesson_00.py").write_text(OWN)
+    (package / "below.py").write_text("x = 1  # why\n")
+    (package / "table.csv").write_text("1,2\n")
+    return {
+        "own": package / "explorers" / "lesson_00.py",
+        "shows": package / "explorers" / "explorer.py",
+        "below": package / "below.py",
+        "data": package / "table.csv",
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "own", "rest"),
+    [
+        ("below", '"""Words."""\n\nx = 1  # because\n', "same", "same"),
+        ("below", "x = 2  # why\n", "same", "other"),
+        ("data", "1,3\n", "same", "other"),
+        ("own", OWN + "y = 1\n", "other", "same"),
+        ("shows", "y = 5\n", "same", "same"),
+    ],
+)
+def test_what_a_picture_depends_on(file, text, own, rest, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(frame_sources, "ROOT", tmp_path)
+    files = course(tmp_path)
+    before = frame_sources.sources_of("course_lib.explorers.lesson_00")
+    files[file].write_text(text)
+    after = frame_sources.sources_of("course_lib.explorers.lesson_00")
+    pairs = zip(before.split("-"), after.split("-"), strict=True)
+    assert ["same" if one == other else "other" for one, other in pairs] == [own, rest]
+    assert frame_sources.is_of_the_same_explorer(before, after) == (own == "same")
+
+
+@pytest.fixture
+def kept(monkeypatch, tmp_path):
+    """An explorer of one slider, its pictures kept in a folder, and which positions are drawn."""
+    monkeypatch.setattr(frames, "FOLDER", tmp_path)
+    monkeypatch.setattr(explorer_frames, "SAMPLE", 2)
+    drawn = []
+
+    def make() -> Explorer:
+        def draw(x: int) -> Figure:
+            drawn.append(x)
+            figure = Figure()
+            figure.add_subplot().set_title(f"{make.words} {x}")
+            return figure
+
+        return Explorer(draw, x=choice("x", [1, 2, 3, 4, 5], 1))
+
+    make.words, make.__module__ = "x is", "course_lib.explorers.lesson_00"
+    monkeypatch.setattr(explorer_frames, "sources_of", lambda module: "a-1")
+    explorer_frames.renew("explore", make)
+    drawn.clear()
+    return make, drawn
+
+
+def renewed(make, drawn: list[int], sources: str, monkeypatch) -> int:
+    """How many positions are drawn if the code is now that of ``sources``."""
+    monkeypatch.setattr(explorer_frames, "sources_of", lambda module: sources)
+    frames.read.cache_clear()
+    drawn.clear()
+    explorer_frames.renew("explore", make)
+    frames.read.cache_clear()
+    assert frames.read(frames.path_of("explore")).sources == sources
+    return len(drawn)
+
+
+def test_pictures_are_drawn_anew_as_far_as_they_may_have_changed(kept, monkeypatch) -> None:
+    make, drawn = kept
+    first = 1  # the explorer itself draws where it starts
+    assert renewed(make, drawn, "a-1", monkeypatch) == 0, "nothing has changed"
+    assert renewed(make, drawn, "a-2", monkeypatch) == first + 2, "a sample is as it was"
+    assert renewed(make, drawn, "b-2", monkeypatch) == first + 5, "its own code is another"
+    make.words = "x was"
+    assert renewed(make, drawn, "b-3", monkeypatch) == first + 1 + 5, "a sample looks different"
+    assert frames.read(frames.path_of("explore")).titles[4] == "x was 5"
+
+
+def test_an_explorer_that_is_not_there_is_refused_with_those_that_are() -> None:
+    with pytest.raises(SystemExit, match=r"no explorer explore_all; there are: explore_queues"):
+        explorer_frames.main(["explore_all"])

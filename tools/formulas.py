@@ -83,6 +83,8 @@ def _latex(node: ast.expr) -> str:
             return _within(left, least) + _SIGNS[type(sign)] + _within(right, least)
         case ast.Call(ast.Name("ceil"), [value]):
             return rf"\lceil {_latex(value)} \rceil"
+        case ast.Call(ast.Name("sqrt"), [value]):
+            return rf"\sqrt{{{_latex(value)}}}"
         case ast.Call(ast.Name("log2"), [value]):
             return rf"\log_2 {_latex(value)}"
         case ast.Call(ast.Name(name), values):

@@ -5,21 +5,25 @@
     python tools/lab.py --fresh 02                   fetch lesson 02 anew, and keep your answers
 
 A working copy has no outputs, so that nothing a reader is asked to guess is visible before. It is
-the reader's: an existing one is never overwritten, and git does not look at it.
+the reader's: an existing one is never overwritten, and git does not look at it. The variable
+``COURSE_LESSONS`` says where the copies are, if not in my_lessons/: a container has them apart.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
 
+from addresses import addresses, relinked
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
-COPIES = ROOT / "my_lessons"
+COPIES = Path(os.environ.get("COURSE_LESSONS") or ROOT / "my_lessons")
 ANSWERS = ("ex-", "guess-")  # how the ids of cells begin in which a reader writes
 
 
@@ -37,13 +41,23 @@ def _version(lesson: Path) -> str:
     return hashlib.sha256(lesson.read_bytes()).hexdigest()[:16]
 
 
+def copy_of(lesson: Path, folder: Path) -> NotebookNode:
+    """The lesson as it stands in ``folder``: links to other files of the course lead there."""
+    nb = without_outputs(lesson)
+    if folder.resolve().parent != ROOT:
+        for cell in nb.cells:
+            if cell.cell_type == "markdown":
+                cell.source = relinked(cell.source, addresses(), None)
+    return nb
+
+
 def make_copies(folder: Path = COPIES) -> None:
     """Make the copies that are not there yet, and say which of the others are out of date."""
     folder.mkdir(exist_ok=True)
     for lesson in sorted(NOTEBOOKS.glob("*.ipynb")):
         copy = folder / lesson.name
         if not copy.exists():
-            nbformat.write(without_outputs(lesson), copy)
+            nbformat.write(copy_of(lesson, folder), copy)
         elif _version_of_copy(copy) != _version(lesson):
             print(
                 f"{copy.name}: the lesson has changed since you got your copy, which stays as it "
@@ -71,7 +85,7 @@ def fetch_fresh(number: str, folder: Path = COPIES) -> None:
     (lesson,) = found
     copy = folder / lesson.name
     folder.mkdir(exist_ok=True)
-    fresh = without_outputs(lesson)
+    fresh = copy_of(lesson, folder)
     if copy.exists():
         try:
             old = nbformat.read(copy, as_version=4)
@@ -121,10 +135,11 @@ def _open_jupyterlab(flags: list[str]) -> None:
     from jupyterlab.labapp import main as open_lab
 
     first = min(COPIES.glob("*.ipynb"))
+    top = ROOT if first.is_relative_to(ROOT) else COPIES
     open_lab(
         [
-            f"--ServerApp.root_dir={ROOT}",
-            f"--LabApp.default_url=/lab/tree/{first.relative_to(ROOT).as_posix()}",
+            f"--ServerApp.root_dir={top}",
+            f"--LabApp.default_url=/lab/tree/{first.relative_to(top).as_posix()}",
             f"--config={ROOT / 'tools' / 'jupyter_server_config.py'}",
             *flags,
         ]

@@ -7,6 +7,8 @@ committed notebooks and the pictures they link to are copied to ``build/site-sou
 - each picture in a notebook gets words for those who do not see it;
 - an explorer gets its sliders, if its pictures are kept;
 - the map of the lessons and the pages of the reference are written.
+
+It says of which explorers the pictures may be out of date.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import pkgutil
 import re
 import shutil
 import sys
@@ -24,9 +25,9 @@ import nbformat
 from matplotlib import font_manager
 from nbformat import NotebookNode
 
-import course_lib
 import explorer_frames
 import formulas
+import reference_pages
 from course_lib.explorers import frames
 from lesson_map import as_svg, as_table, lesson_of
 from notebook_tools import ROOT, lessons
@@ -39,6 +40,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
 }
 _LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
+_BADGE = re.compile(r"!\[([^\]]*)\]\(https?://[^)\s]*\)")
 _IMPORT = re.compile(r"from course_lib\.explorers\.lesson_\w+ import (explore_\w+)")
 
 
@@ -51,7 +53,7 @@ def stage(folder: Path) -> None:
         _stage_page(page, folder)
     for path in lessons():
         _stage_lesson(path, folder)
-    _write_reference(folder)
+    reference_pages.write(folder / "reference")
 
 
 # ------------------------------------------------------------------------------------- links
@@ -100,7 +102,8 @@ def _stage_page(path: Path, folder: Path) -> None:
         lambda found: relinked(readme_section(found[1]), readme, folder),
         text,
     )
-    if "<!-- map -->" in text:
+    text = _BADGE.sub(r"\1", text)  # a badge is a picture from elsewhere: here its words lead on
+    if path.name == "index.md":
         text = text.replace("<!-- map -->", _map())
         text = text.replace("<!-- other pages -->", "\n".join(_pages_not_in(text)))
     if path.name == "README.md":
@@ -170,18 +173,16 @@ def _stage_lesson(path: Path, folder: Path) -> None:
     cells = []
     for index, cell in enumerate(notebook.cells):
         cells.append(cell)
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
         if cell.cell_type == "markdown":
             cell.source = relinked(cell.source, path, folder)
             if index:  # a page has one title
                 cell.source = re.sub(r"^# ", "## ", cell.source)
-        elif any("image/png" in output.get("data", {}) for output in cell.outputs):
-            words = words_for(notebook.cells, index)
-            cell.metadata["mystnb"] = {"image": {"alt": words}}
-            sliders = _sliders(cell)
-            if sliders:
-                cells.append(sliders)
+        elif cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
+            if any("image/png" in output.get("data", {}) for output in cell.outputs):
+                words = words_for(notebook.cells, index)
+                cell.metadata["mystnb"] = {"image": {"alt": words}}
+                cells += _sliders(cell)
     notebook.cells = cells
     target = folder / place_of(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -193,21 +194,21 @@ def _is_progress(output: NotebookNode) -> bool:
     return bool(re.match(r" *0%\|", output.get("data", {}).get("text/plain", "")))
 
 
-def _sliders(cell: NotebookNode) -> NotebookNode | None:
+def _sliders(cell: NotebookNode) -> list[NotebookNode]:
     """What the page's script makes sliders of, below a cell that shows an explorer."""
     imported = _IMPORT.search(cell.source)
     if not imported or not frames.path_of(imported[1]).exists():
-        return None
+        return []
     name = imported[1]
     kept = frames.read(frames.path_of(name)).controls
-    explorer = explorer_frames.makers()[name]()
-    some_are_left_out = explorer_frames.has_more(explorer)
+    some_are_left_out = explorer_frames.has_more(explorer_frames.makers()[name]())
+    # < as a number: else words of a control could end the script that holds them.
     data = json.dumps({"controls": kept, "isPart": some_are_left_out}).replace("<", "\\u003c")
     html = (
         f'<div class="explorer" data-name="{name}" data-source="../frames/{name}.js">\n'
         f'<script type="application/json">{data}</script>\n</div>'
     )
-    return nbformat.v4.new_markdown_cell(html, id=f"{cell.id}-sliders")
+    return [nbformat.v4.new_markdown_cell(html, id=f"{cell.id}-sliders")]
 
 
 def _write_frames(folder: Path) -> None:
@@ -236,45 +237,17 @@ def _write_font(letters: set[str], path: Path) -> None:
     subset.save_font(font, str(path), options)
 
 
-# --------------------------------------------------------------------------------- reference
-
-
-def _write_reference(folder: Path) -> None:
-    """A page for the package, and one for each package in it: all public names, by module."""
-    target = folder / "reference"
-    target.mkdir()
-    packages = [each.name for each in pkgutil.iter_modules(course_lib.__path__) if each.ispkg]
-    packages = [name for name in packages if _docstring_of(name)]
-    own = [each.name for each in pkgutil.iter_modules(course_lib.__path__) if not each.ispkg]
-    listed = "\n".join(packages)
-    (target / "index.md").write_text(
-        "# Reference\n\nWhat `course_lib` holds, from its docstrings.\n\n"
-        f"```{{toctree}}\n:maxdepth: 1\n\n{listed}\n```\n\n" + _modules("course_lib", own)
-    )
-    for name in packages:
-        package = f"course_lib.{name}"
-        path = ROOT / "course_lib" / name
-        inner = [each.name for each in pkgutil.iter_modules([str(path)]) if not each.ispkg]
-        (target / f"{name}.md").write_text(f"# {package}\n\n" + _modules(package, inner))
-
-
-def _docstring_of(name: str) -> str:
-    text = (ROOT / "course_lib" / name / "__init__.py").read_text(encoding="utf-8")
-    return text.strip()
-
-
-def _modules(package: str, names: list[str]) -> str:
-    """The package's own words, and each of its modules."""
-    directives = [f".. automodule:: {package}\n   :no-index:\n"]
-    parts = ["```{eval-rst}\n" + directives[0] + "```\n"]
-    for name in names:
-        if not name.startswith("_"):
-            parts.append(
-                f"## {name}\n\n```{{eval-rst}}\n"
-                f".. automodule:: {package}.{name}\n   :members:\n```\n"
-            )
-    return "\n".join(parts)
+def main(arguments: list[str]) -> None:
+    if len(arguments) != 1:
+        raise SystemExit("say where it goes: python tools/stage_site.py FOLDER")
+    stage(Path(arguments[0]))
+    old = explorer_frames.stale()
+    if old:
+        print(
+            f"The code below these explorers has changed since they were drawn: {', '.join(old)}. "
+            "`make frames` draws a sample of each, and all of it where the sample looks different."
+        )
 
 
 if __name__ == "__main__":
-    stage(Path(sys.argv[1]))
+    main(sys.argv[1:])

@@ -124,9 +124,27 @@ def bytes_a_parameter(stage: int, device_count: int) -> float:
     Raises:
         ValueError: there is no such stage, or no device.
     """
+    _require_stage(stage, device_count)
+    n = device_count
+    return (16.0, 4 + 12 / n, 2 + 14 / n, 16 / n)[stage]
+
+
+def bytes_a_step(stage: int, device_count: int, nbytes: int, groups: int = 1) -> float:
+    """Bytes that each device sends in a step, of a model of ``nbytes``.
+
+    Sums come as a reduce-scatter and a gather; stage 3 gathers once more, for backward. With
+    several groups of ``device_count`` devices (HSDP), each device sums its part with the others'.
+
+    Raises:
+        ValueError: there is no such stage, or no device.
+    """
+    _require_stage(stage, device_count)
+    inside = (3 if stage == 3 else 2) * (device_count - 1) / device_count * nbytes
+    return inside + 2 * (groups - 1) / groups * nbytes / device_count
+
+
+def _require_stage(stage: int, device_count: int) -> None:
     if stage not in range(4) or device_count < 1:
         raise ValueError(
             f"stages are 0 to 3, of one device or more: stage {stage} of {device_count} devices"
         )
-    n = device_count
-    return (16.0, 4 + 12 / n, 2 + 14 / n, 16 / n)[stage]

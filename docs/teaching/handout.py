@@ -27,10 +27,10 @@ TITLE = "Multi-GPU training, by hand: the formulas"
 SIZE = 210.0, 297.0  # an A4, in millimetres
 LEFT, FORMULA, LESSON = 12.0, 112.0, 198.0  # where the columns begin, and where the last one ends
 TOP = 13.0
-LINE, PAD, GAP = 3.5, 1.9, 3.6  # of text; between two rows; before a part
-FRACTION = 7.2  # what a row with a fraction takes at least
-COLUMN, PAGE = 62, 128  # letters that fit
-SMALL, NORMAL, LARGE, FORMULA_SIZE = 7.6, 8.2, 15, 10.6  # points
+LINE, PAD, GAP = 3.1, 1.7, 2.6  # of text; between two rows; before a part
+FRACTION = 6.2  # what a row with a fraction takes at least
+COLUMN, PAGE = 68, 138  # letters that fit
+SMALL, NORMAL, LARGE, FORMULA_SIZE = 7.2, 7.6, 14, 9.8  # points
 LOOK = {"svg.fonttype": "path", "pdf.fonttype": 42, "mathtext.fontset": "dejavusans"}
 METADATA = {"Creator": None, "Title": TITLE}
 

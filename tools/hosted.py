@@ -1,0 +1,59 @@
+"""The lessons for machines that others run: Colab, and a JupyterHub that fetches them.
+
+    python tools/hosted.py FOLDER
+
+Each lesson without outputs, with a first cell that installs the course where it is missing, beside
+the PyTorch that is there. ``FOLDER/colab`` and ``FOLDER/hub`` differ in where a link to another
+lesson leads. The workflow keeps FOLDER as the branch ``lessons``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+
+from addresses import Addresses, addresses, relinked
+from lab import without_outputs
+from notebook_tools import dumps, lessons
+
+# --no-deps: PyTorch, Matplotlib and widgets are there, and stay in the versions that others need.
+# What else the course needs needs nothing itself, and is left alone where it is there.
+INSTALL = """\
+# Gets the course, if it is not there yet. The PyTorch of this machine stays as it is.
+import importlib.util
+
+if importlib.util.find_spec("course_lib") is None:
+    %pip install -q --no-deps {wheel} cloudpickle tqdm"""
+
+
+def hosted_edition(lesson: Path, known: Addresses, on_colab: bool) -> NotebookNode:
+    """The lesson without outputs, with the cell that installs the course, and links that lead."""
+    nb = without_outputs(lesson)
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            cell.source = relinked(cell.source, known, known.colab if on_colab else None)
+    source = INSTALL.format(wheel=known.wheel)
+    nb.cells.insert(1, nbformat.v4.new_code_cell(source, id="get-the-course"))
+    return nb
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) != 1:
+        raise SystemExit("say where the lessons go: python tools/hosted.py FOLDER")
+    known = addresses()
+    if known is None:
+        raise SystemExit("the course has no address: set [project.urls] in pyproject.toml")
+    for kind in ("colab", "hub"):
+        folder = Path(arguments[0]) / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        for lesson in lessons():
+            text = dumps(hosted_edition(lesson, known, on_colab=kind == "colab"))
+            (folder / lesson.name).write_text(text, encoding="utf-8", newline="\n")
+    print(f"{len(lessons())} lessons for Colab and for a JupyterHub in {arguments[0]}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
