@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.nn import functional as F
 
 import course_lib
@@ -19,11 +22,14 @@ from course_lib.parallel import collectives
 from course_lib.parallel.data_parallel import backward_on_shards, replicate, split_batch
 from course_lib.parallel.gradient_buckets import GradientBuckets
 from course_lib.parallel.pipeline import Pipeline
-from course_lib.parallel.schedules import gpipe
+from course_lib.parallel.schedules import gpipe, one_f_one_b
+from course_lib.parallel.sharded_data_parallel import Sharded
 from course_lib.parallel.tensor_parallel import ParallelMLP
+from course_lib.ranks.by_hand import messages
 from course_lib.ranks.by_hand.data_parallel import AveragedGradients, broadcast_model, shard_of
 from course_lib.ranks.by_hand.messages import ring_all_reduce
-from course_lib.ranks.by_hand.pipeline import StageOfRank, gpipe_step
+from course_lib.ranks.by_hand.pipeline import StageOfRank, gpipe_step, one_f_one_b_step
+from course_lib.ranks.by_hand.sharded_data_parallel import ShardedParameters
 from course_lib.ranks.by_hand.tensor_parallel import NeuronsOfRank
 
 
@@ -43,8 +49,12 @@ def _virtual(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-@pytest.mark.parametrize("numel", [33, 2])
-def test_the_ring_is_the_controller_s_to_the_bit_and_to_the_byte(count: int, numel: int) -> None:
+@pytest.mark.parametrize(("numel", "piece"), [(33, 2**21), (2, 2**21), (33, 4), (32, 8)])
+def test_the_ring_is_the_controller_s_to_the_bit_and_to_the_byte(
+    count: int, numel: int, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces too, of which a chunk has as many on every rank, whatever its length."""
+    monkeypatch.setattr(messages, "PIECE", piece)
     torch.manual_seed(0)
     values = [torch.randn(numel) for _ in range(count)]
     gpus = devices(count)
@@ -149,30 +159,197 @@ def test_a_gradient_that_does_not_come_is_named() -> None:
         on_ranks(devices(2), backward)
 
 
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def sharded_by_hand(microbatches: int = 1) -> tuple[nn.Module, ShardedParameters]:
+    """A model that was trained at stage 3, on ranks on virtual GPUs or in processes."""
+    model = gpt().to(ranks.device())
+    sharded = ShardedParameters(model)
+    optimizer = sgd(sharded.shards)
+    for x, y in batches():
+        optimizer.zero_grad()
+        parts = (shard_of(part).to(ranks.device()).chunk(microbatches) for part in (x, y))
+        for some_x, some_y in zip(*parts, strict=True):
+            (next_token_loss(model(some_x), some_y) / microbatches).backward()
+        sharded.finish()
+        optimizer.step()
+    return model, sharded
+
+
+def whole_parameters(microbatches: int = 1) -> list[Tensor]:
+    model, sharded = sharded_by_hand(microbatches)
+    with sharded.whole():
+        return [parameter.detach().cpu().clone() for parameter in model.parameters()]
+
+
+def sharded_by_engine() -> None:
+    model = gpt().to(ranks.device())
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = sgd(model.parameters())
+    for x, y in batches():
+        optimizer.zero_grad()
+        next_token_loss(model(shard_of(x).to("vgpu")), shard_of(y).to("vgpu")).backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_gpipe_by_ranks_gives_the_pipeline_s_gradients_to_the_bit(count: int) -> None:
+def test_shards_of_ranks_train_as_stage_3_does_to_the_bit_and_to_the_byte(count: int) -> None:
+    gpus = devices(count)
+    with course_lib.trace(strict=True) as t:
+        found = on_ranks(gpus, whole_parameters)
+    gpus = devices(count)
+    sharded = Sharded(gpt(), gpus, 3, torch.float32, make_optimizer=sgd)
+    with course_lib.trace(strict=True) as controller:
+        for x, y in batches():
+            sharded.train_step(split_batch(x, gpus), split_batch(y, gpus), next_token_loss)
+    for ours in found:
+        for one, other in zip(ours, sharded.to_model().parameters(), strict=True):
+            assert torch.equal(one, other)
+    rows = sum(unit.row_of(dict(gpt().named_parameters())).nbytes for unit in sharded.units)
+    once_more = (count - 1) * rows  # by whole(), at the end
+    assert t.bytes_between_devices - once_more == controller.bytes_between_devices
+
+
+def test_shards_of_ranks_train_as_one_gpu_does_in_microbatches_and_in_processes() -> None:
+    whole = gpt()
+    optimizer = sgd(whole.parameters())
+    for x, y in batches():
+        optimizer.zero_grad()
+        next_token_loss(whole(x), y).backward()
+        optimizer.step()
+
+    def train() -> list[Tensor]:
+        dist.init_process_group()
+        return whole_parameters(microbatches=2)
+
+    for found in (ranks.run(train, devices(2)), ranks.run(train, processes=2)):
+        for ours in found:
+            for one, other in zip(ours, whole.parameters(), strict=True):
+                torch.testing.assert_close(one, other.detach(), rtol=0, atol=1e-6)
+
+
+def test_shards_hold_no_more_than_fully_shard_by_a_twentieth() -> None:
+    """And send as many bytes."""
+    seen = []
+    for train in (lambda: sharded_by_hand() and None, sharded_by_engine):
+        gpus = devices(4)
+        with course_lib.trace(strict=True) as t:
+            on_ranks(gpus, train)
+        seen.append((max(t.peak_memory), t.bytes_between_devices))
+    (ours, sent), (theirs, sent_by_engine) = seen
+    assert ours <= 1.05 * theirs
+    assert sent == sent_by_engine
+
+
+def test_a_shard_that_gets_no_gradient_is_named_and_shared_parameters_are_refused() -> None:
+    def backward() -> None:
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).to("vgpu")
+        sharded = ShardedParameters(model)
+        model[1](torch.ones(1, 2, device="vgpu")).sum().backward()
+        sharded.finish()
+
+    def share() -> None:
+        layer = nn.Linear(2, 2).to("vgpu")
+        ShardedParameters([layer, layer])
+
+    with pytest.raises(RuntimeError, match="of a layer's 2 parameters, 2 got no gradient"):
+        on_ranks(devices(2), backward)
+    with pytest.raises(ValueError, match="two layers share a parameter"):
+        on_ranks(devices(2), share)
+
+
+@pytest.mark.parametrize("schedule", [(gpipe_step, gpipe), (one_f_one_b_step, one_f_one_b)])
+@pytest.mark.parametrize(("count", "m"), [(1, 3), (2, 3), (4, 3), (4, 7)])
+def test_a_pipeline_by_ranks_gives_the_pipeline_s_gradients_to_the_bit(
+    count: int, m: int, schedule: tuple
+) -> None:
+    by_ranks, by_controller = schedule
     torch.manual_seed(0)
     layers = nn.Sequential(*MLP(*[32] * 9))
-    x, y, m = torch.randn(21, 32), torch.randint(32, (21,)), 3
+    x, y = torch.randn(21, 32), torch.randint(32, (21,))
     edges = [16 // count * stage for stage in range(count)]
 
     def step() -> tuple[list[float], list[Tensor]]:
         start = edges[dist.get_rank()]
-        part = copy.deepcopy(layers[start : start + 16 // count]).to("vgpu")
-        stage = StageOfRank(part, shape=(7, 32))
-        xs = [each.to("vgpu") for each in x.chunk(m)]
-        ys = [each.to("vgpu") for each in y.chunk(m)]
-        losses = gpipe_step(stage, xs, ys, F.cross_entropy)
-        return [each.item() for each in losses], [p.grad.cpu() for p in part.parameters()]
+        part = copy.deepcopy(layers[start : start + 16 // count]).to(ranks.device())
+        stage = StageOfRank(part, shape=(21 // m, 32))
+        xs = [each.to(ranks.device()) for each in x.chunk(m)]
+        ys = [each.to(ranks.device()) for each in y.chunk(m)]
+        losses = by_ranks(stage, xs, ys, F.cross_entropy)
+        assert not stage.kept
+        gradients = [p.grad.cpu() for p in part.parameters() if p.grad is not None]
+        return [each.item() for each in losses], gradients
 
     gpus = devices(count)
     found = on_ranks(gpus, step)
     pipeline = Pipeline(copy.deepcopy(layers), gpus, edges[1:])
-    losses = pipeline.forward_backward(gpipe(count, m), x, y, F.cross_entropy)
+    losses = pipeline.forward_backward(by_controller(count, m), x, y, F.cross_entropy)
     assert found[-1][0] == [loss.item() for loss in losses]
     gradients = [gradient for _, own in found for gradient in own]
     for ours, parameter in zip(gradients, pipeline.parameters(), strict=True):
         assert torch.equal(ours, parameter.grad.cpu())
+
+
+WIDTH, MICROBATCHES = 64, 8  # of the pipeline below
+
+
+def pipelined(by: str) -> list[Tensor]:
+    """For ranks on virtual GPUs and in processes: gradients of this rank's stage after a step."""
+    dist.init_process_group()
+    rank, count, device = dist.get_rank(), dist.get_world_size(), ranks.device()
+    torch.manual_seed(0)
+    whole = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4)))
+    x, y = torch.randn(2, 16 * MICROBATCHES, WIDTH)
+    part = whole[4 // count * rank : 4 // count * (rank + 1)].to(device)
+    x, y = x.to(device), y.to(device)
+    if by == "hand":
+        stage = StageOfRank(part, (16, WIDTH))
+        xs, ys = x.chunk(MICROBATCHES), y.chunk(MICROBATCHES)
+        one_f_one_b_step(stage, xs, ys, F.mse_loss)
+    else:
+        engine = PipelineStage(part, rank, count, device)
+        schedule = Schedule1F1B(engine, MICROBATCHES, loss_fn=F.mse_loss)
+        inputs = [x] if rank == 0 else []
+        schedule.step(*inputs, **({"target": y} if rank == count - 1 else {}))
+    return [p.grad.cpu() for p in part.parameters() if p.grad is not None]
+
+
+def test_1f1b_by_ranks_is_one_gpu_s_step_and_holds_no_more_than_the_engine() -> None:
+    peaks, found = {}, {}
+    for by in ("hand", "engine"):
+        gpus = devices(4)
+        with course_lib.trace(strict=True) as t:
+            found[by] = ranks.run(pipelined, gpus, by)
+        peaks[by] = max(t.peak_memory)
+    assert peaks["hand"] <= 1.05 * peaks["engine"]
+    found["one GPU"] = ranks.run(pipelined, devices(1), "hand")
+    found["processes"] = ranks.run(pipelined, None, "hand", processes=2)
+    ours = found.pop("hand")
+    for name, theirs in found.items():
+        for one, other in zip(chain(*ours), chain(*theirs), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6, msg=name)
+
+
+def test_1f1b_holds_as_many_microbatches_as_there_are_stages_from_here_on() -> None:
+    def most_kept() -> int:
+        stage = StageOfRank(nn.Linear(4, 4).to("vgpu"), (1, 4))
+        most, forward = [0], stage.forward
+
+        def watched(i: int, x: Tensor | None) -> Tensor:
+            out = forward(i, x)
+            most.append(len(stage.kept))
+            return out
+
+        stage.forward = watched  # type: ignore[method-assign]
+        xs = list(torch.ones(6, 1, 4, device="vgpu"))
+        one_f_one_b_step(stage, xs, xs, F.mse_loss)
+        return max(most)
+
+    assert on_ranks(devices(4), most_kept) == [4, 3, 2, 1]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

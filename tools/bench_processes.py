@@ -6,7 +6,9 @@
 
 A pair takes turns in one process group, so that whatever else the machine does falls on both. A
 time is that of the slowest rank; what is shown is the median over the turns, and the median of
-their ratios.
+their ratios, with the quarter of them that are below and above: where these are far apart, the
+machine was busy. Memory is what virtual ranks hold at the peak of two steps: to the byte, and the
+same on every machine.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,45 +29,49 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+import course_lib
 from course_lib import format_bytes, ranks
 from course_lib.models import GPT, next_token_loss
 from course_lib.ranks.by_hand.data_parallel import AveragedGradients
 from course_lib.ranks.by_hand.messages import ring_all_reduce
-from course_lib.ranks.by_hand.pipeline import StageOfRank, gpipe_step
+from course_lib.ranks.by_hand.pipeline import StageOfRank, gpipe_step, one_f_one_b_step
+from course_lib.ranks.by_hand.sharded_data_parallel import ShardedParameters
 from course_lib.ranks.by_hand.tensor_parallel import NeuronsOfRank
 
 VOCABULARY, LENGTH = 65, 64
 SIZES = [4 * 1024 * 4**power for power in range(8)]  # 4 KB to 64 MB
 
 
+Step = Callable[[], object]
+
+
 class Pair(NamedTuple):
-    """The same work by hand and by PyTorch; each has a name and a function that does it once."""
+    """The same work by hand and by PyTorch: each is made ready, and returns what does it once."""
 
     name: str
-    by_hand: Callable[[], object]
-    engine: Callable[[], object]
+    by_hand: Callable[[], Step]
+    engine: Callable[[], Step]
     turns: int
 
 
 # ---------------------------------------------------------------------------------- the pairs
 
 
-def all_reduces() -> Iterator[Pair]:
+def all_reduce_of(size: int) -> Pair:
     """The ring that is made of sends and receives, beside ``all_reduce``."""
-    for size in SIZES:
-        x = torch.zeros(size // 4, device=ranks.device())
-        turns = 41 if size < 2**22 else 11
-        yield Pair(
-            f"all-reduce of {format_bytes(size)}",
-            partial(ring_all_reduce, x),
-            partial(dist.all_reduce, x),
-            turns,
-        )
+    x = torch.zeros(size // 4)
+    return Pair(
+        f"all-reduce of {format_bytes(size)}",
+        lambda: partial(ring_all_reduce, x.to(ranks.device())),
+        lambda: partial(dist.all_reduce, x.to(ranks.device())),
+        101 if size < 2**22 else 21,
+    )
 
 
 def gpt(depth: int = 4, width: int = 192) -> GPT:
@@ -73,76 +79,112 @@ def gpt(depth: int = 4, width: int = 192) -> GPT:
     return GPT(VOCABULARY, LENGTH, width, heads=6, depth=depth, tied=False).to(ranks.device())
 
 
-def data_parallel() -> Iterator[Pair]:
-    """A step with buckets by hand, beside ``DistributedDataParallel`` with buckets of that size."""
-    x, y = torch.randint(VOCABULARY, (2, 4, LENGTH), device=ranks.device())
-    mine, wrapped = gpt(), gpt()
-    bucket_megabytes = 1
-    averaged = AveragedGradients(mine, bucket_megabytes * 2**20)
-    engine = DistributedDataParallel(wrapped, bucket_cap_mb=bucket_megabytes)
-    mine_sgd, engine_sgd = (torch.optim.SGD(model.parameters(), 0.1) for model in (mine, wrapped))
+def training(
+    model: nn.Module, optimizer: torch.optim.Optimizer, finish: Callable[[], None] | None = None
+) -> Step:
+    """A step of a GPT on this rank's examples; ``finish`` waits for the gradients."""
+    torch.manual_seed(dist.get_rank())
+    x, y = torch.randint(VOCABULARY, (2, 4, LENGTH)).to(ranks.device())
 
-    def by_hand() -> None:
-        next_token_loss(mine(x), y).backward()
-        averaged.finish()
-        mine_sgd.step()
-        mine_sgd.zero_grad(set_to_none=False)
+    def step() -> None:
+        next_token_loss(model(x), y).backward()
+        if finish:
+            finish()
+        optimizer.step()
+        optimizer.zero_grad()
 
-    def by_ddp() -> None:
-        next_token_loss(engine(x), y).backward()
-        engine_sgd.step()
-        engine_sgd.zero_grad(set_to_none=False)
-
-    yield Pair("data-parallel step of a GPT", by_hand, by_ddp, 21)
+    return step
 
 
-def pipeline() -> Iterator[Pair]:
-    """A step of GPipe, four microbatches a rank."""
-    rank, world_size, device = dist.get_rank(), dist.get_world_size(), ranks.device()
-    width, count = 512, 4 * dist.get_world_size()
-    torch.manual_seed(rank)
-    stages = [nn.Sequential(nn.Linear(width, width), nn.ReLU()).to(device) for _ in range(2)]
-    x = torch.randn(32 * count, width, device=device)
-    mine = StageOfRank(stages[0], (32, width))
-    engine = ScheduleGPipe(
-        PipelineStage(stages[1], rank, world_size, device), count, loss_fn=F.mse_loss
-    )
-
-    def by_hand() -> None:
-        gpipe_step(mine, x.chunk(count), x.chunk(count), F.mse_loss)
-
-    def by_schedule() -> None:
-        if rank == 0:
-            engine.step(x)
-        elif rank == world_size - 1:
-            engine.step(target=x)
-        else:
-            engine.step()
-
-    yield Pair("pipeline step, GPipe", by_hand, by_schedule, 21)
+def buckets_by_hand() -> Step:
+    model = gpt()
+    averaged = AveragedGradients(model, 2**20)
+    return training(model, torch.optim.SGD(model.parameters(), 0.1), averaged.finish)
 
 
-def tensor_parallel() -> Iterator[Pair]:
-    """Forward and backward of an MLP that is cut by its neurons."""
+def buckets_by_ddp() -> Step:
+    model = DistributedDataParallel(gpt(), bucket_cap_mb=1, gradient_as_bucket_view=True)
+    return training(model, torch.optim.SGD(model.parameters(), 0.1))
+
+
+def shards_by_hand() -> Step:
+    model = gpt()
+    sharded = ShardedParameters(model)
+    return training(model, torch.optim.SGD(sharded.shards, 0.1), sharded.finish)
+
+
+def shards_by_fsdp() -> Step:
+    model = gpt()
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    return training(model, torch.optim.SGD(model.parameters(), 0.1))
+
+
+class Stage(NamedTuple):
+    """What a step of a pipeline needs, by hand or by PyTorch: four microbatches a rank."""
+
+    layers: nn.Module
+    x: torch.Tensor
+    count: int
+
+    @classmethod
+    def of_rank(cls, width: int = 512) -> Stage:
+        count = 4 * dist.get_world_size()
+        torch.manual_seed(dist.get_rank())
+        layers = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+        return cls(
+            layers.to(ranks.device()), torch.randn(32 * count, width).to(ranks.device()), count
+        )
+
+    def by_hand(self, step: Callable) -> Step:
+        stage = StageOfRank(self.layers, (32, self.x.shape[1]))
+        return lambda: step(stage, self.x.chunk(self.count), self.x.chunk(self.count), F.mse_loss)
+
+    def by_engine(self, schedule: Callable) -> Step:
+        rank, last = dist.get_rank(), dist.get_world_size() - 1
+        stage = PipelineStage(self.layers, rank, last + 1, ranks.device())
+        engine = schedule(stage, self.count, loss_fn=F.mse_loss)
+        inputs, target = [self.x] if rank == 0 else [], {"target": self.x} if rank == last else {}
+        return lambda: engine.step(*inputs, **target)
+
+
+def whole_mlp() -> nn.Sequential:
     torch.manual_seed(0)
-    whole = nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512))
-    mine = NeuronsOfRank(whole, ranks.device())
+    return nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512))
+
+
+def backward_through(model: nn.Module) -> Step:
+    x = torch.ones(256, 512).to(ranks.device())
+    return lambda: model(x.requires_grad_()).square().mean().backward()
+
+
+def neurons_by_hand() -> Step:
+    return backward_through(NeuronsOfRank(whole_mlp(), ranks.device()))
+
+
+def neurons_by_dtensor() -> Step:
     mesh = init_device_mesh(ranks.device().type, (dist.get_world_size(),))
     plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
-    engine = parallelize_module(whole.to(ranks.device()), mesh, plan)
-    x = torch.randn(256, 512, device=ranks.device())
-
-    def step(model: nn.Module) -> None:
-        model(x.requires_grad_()).square().mean().backward()
-
-    yield Pair("tensor-parallel MLP", lambda: step(mine), lambda: step(engine), 21)
+    return backward_through(parallelize_module(whole_mlp().to(ranks.device()), mesh, plan))
 
 
-GROUPS: list[Callable[[], Iterator[Pair]]] = [
-    all_reduces,
-    data_parallel,
-    pipeline,
-    tensor_parallel,
+METHODS = [
+    Pair("data-parallel step of a GPT", buckets_by_hand, buckets_by_ddp, 31),
+    Pair("stage 3, step of a GPT", shards_by_hand, shards_by_fsdp, 31),
+    Pair(
+        "pipeline step, GPipe",
+        lambda: Stage.of_rank().by_hand(gpipe_step),
+        lambda: Stage.of_rank().by_engine(ScheduleGPipe),
+        31,
+    ),
+    Pair(
+        "pipeline step, 1F1B",
+        lambda: Stage.of_rank().by_hand(one_f_one_b_step),
+        lambda: Stage.of_rank().by_engine(Schedule1F1B),
+        31,
+    ),
+    Pair("tensor-parallel MLP", neurons_by_hand, neurons_by_dtensor, 31),
 ]
 
 # ---------------------------------------------------------------------------------- measuring
@@ -169,27 +211,50 @@ def measured() -> list[Turns]:
     """For ``ranks.run``: all pairs, one after the other."""
     dist.init_process_group()
     found = []
-    for group in GROUPS:
-        for pair in group():
-            turns = Turns(pair.name, [], [])
-            for turn in range(pair.turns + 2):
-                sides = [(pair.by_hand, turns.by_hand), (pair.engine, turns.engine)]
-                for work, times in sides[:: 1 if turn % 2 else -1]:  # each goes first in turn
-                    times.append(seconds(work))
-            found.append(Turns(pair.name, turns.by_hand[2:], turns.engine[2:]))
+    for pair in [*map(all_reduce_of, SIZES), *METHODS]:
+        turns = Turns(pair.name, [], [])
+        sides = [(pair.by_hand(), turns.by_hand), (pair.engine(), turns.engine)]
+        for turn in range(pair.turns + 2):
+            for work, times in sides[:: 1 if turn % 2 else -1]:  # each goes first in turn
+                times.append(seconds(work))
+        found.append(Turns(pair.name, turns.by_hand[2:], turns.engine[2:]))
     return found
 
 
 def show_pairs(count: int) -> None:
     os.environ["TORCH_DISTRIBUTED_DEBUG"] = "OFF"  # no comparison of collectives
-    print(f"{count} ranks{'':22}{'by hand ms':>12}{'PyTorch ms':>12}{'ratio':>8}")
+    print(f"{count} ranks{'':22}{'by hand ms':>12}{'PyTorch ms':>12}{'ratio':>8}  quarters")
     for rows in zip(*ranks.run(measured, processes=count), strict=True):
         by_hand = [max(times) for times in zip(*(row.by_hand for row in rows), strict=True)]
         engine = [max(times) for times in zip(*(row.engine for row in rows), strict=True)]
-        ratio = statistics.median(a / b for a, b in zip(by_hand, engine, strict=True))
+        ratios = [a / b for a, b in zip(by_hand, engine, strict=True)]
+        low, ratio, high = statistics.quantiles(ratios)
         hand_ms, engine_ms = (statistics.median(times) * 1e3 for times in (by_hand, engine))
-        print(f"{rows[0].name:29}{hand_ms:12.2f}{engine_ms:12.2f}{ratio:8.2f}")
+        print(f"{rows[0].name:29}{hand_ms:12.2f}{engine_ms:12.2f}{ratio:8.2f}", end="")
+        print(f"  {low:.2f} to {high:.2f}", flush=True)
     print()
+
+
+def show_memory(count: int) -> None:
+    print(f"{count} virtual ranks{'':14}{'by hand MB':>12}{'PyTorch MB':>12}{'ratio':>8}")
+    for pair in METHODS:
+        by_hand, engine = (peak(make, count) / 1e6 for make in (pair.by_hand, pair.engine))
+        print(f"{pair.name:29}{by_hand:12.3f}{engine:12.3f}{by_hand / engine:8.2f}", flush=True)
+    print()
+
+
+def peak(make: Callable[[], Step], count: int) -> int:
+    """The most bytes that are in use on a virtual GPU, from the beginning to a second step."""
+
+    def twice() -> None:
+        dist.init_process_group()
+        step = make()
+        step()
+        step()
+
+    with course_lib.trace() as t:
+        ranks.run(twice, course_lib.devices(count, course_lib.A100, backing="cpu"))
+    return max(t.peak_memory)
 
 
 # ---------------------------------------------------------------------------------- the calls
@@ -255,6 +320,7 @@ def main() -> None:
     show_calls()
     for count in options.ranks:
         show_pairs(count)
+        show_memory(count)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+PIECE = 2**21  # numbers that arrive before they are added: 8 MB of float32
 
 
 def exchange(out: Tensor, to: int, into: Tensor, source: int) -> None:
@@ -30,11 +34,17 @@ def ring_all_reduce(tensor: Tensor) -> None:
     rank, N = dist.get_rank(), dist.get_world_size()
     chunks = tensor.view(-1).tensor_split(N)
     following, previous = (rank + 1) % N, (rank - 1) % N
+    # New memory costs a CPU as much time as a fifth of the exchange, if it is so large that it goes
+    # back to the system in between. So there is one buffer for all rounds, and a small one.
+    buffer = torch.empty_like(chunks[0][:PIECE])
+    pieces = max(1, math.ceil(len(chunks[0]) / PIECE))  # of each chunk, on each rank
     for step in range(2 * (N - 1)):
         out, mine = chunks[(rank - step - 1) % N], chunks[(rank - step - 2) % N]
         if step < N - 1:  # reduce-scatter
-            arrived = torch.empty_like(mine)
-            exchange(out, following, arrived, previous)
-            mine.add_(arrived)
+            parts = zip(out.tensor_split(pieces), mine.tensor_split(pieces), strict=True)
+            for out_part, my_part in parts:
+                arrived = buffer[: len(my_part)]
+                exchange(out_part, following, arrived, previous)
+                my_part.add_(arrived)
         else:  # all-gather
             exchange(out, following, mine, previous)
