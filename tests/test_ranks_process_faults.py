@@ -159,6 +159,37 @@ def test_a_rank_that_is_killed_in_a_collective_is_named():
     assert_usable()
 
 
+@needs_signals
+def test_a_rank_that_someone_else_ends_is_named():
+    def die() -> None:
+        dist.init_process_group()
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # the signal by which ranks are stopped, too
+        dist.barrier()
+
+    with pytest.raises(RuntimeError, match="rank 1 was killed by SIGTERM\n  rank 0 "):
+        ranks.run(die, processes=2)
+    assert_usable()
+
+
+@needs_pipes
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs groups of processes")
+def test_what_a_rank_has_started_ends_with_it(pipe):
+    """As a ``DataLoader`` starts workers."""
+    path = str(pipe.path)
+
+    def leave_a_child() -> None:
+        with open(path, "w"):
+            if os.fork() == 0:
+                while True:
+                    signal.pause()
+            raise KeyError("gone")
+
+    with pytest.raises(KeyError, match="gone"):
+        ranks.run(leave_a_child, processes=2)
+    pipe.wait_for_the_end()
+
+
 def test_last_words_in_cpp_are_shown():
     def die() -> None:
         os.write(2, b"terminate called")
@@ -253,6 +284,29 @@ def test_an_interrupt_at_the_wrong_moment_comes_later():
         signal.raise_signal(signal.SIGINT)
         done.append("cleared up")
     assert done == ["cleared up"]
+
+
+def test_an_interrupt_that_is_ignored_stays_ignored():
+    """As of a script in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupts_come_later():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_at_the_wrong_moment_goes_to_its_handler():
+    came = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append("handled"))
+    try:
+        with interrupts_come_later():
+            signal.raise_signal(signal.SIGINT)
+            came.append("cleared up")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert came == ["cleared up", "handled"]
 
 
 @needs_signals

@@ -19,6 +19,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -37,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import course_lib
 from course_lib import format_bytes, ranks
+from course_lib.hardware import fresh_devices
 from course_lib.models import GPT, next_token_loss
 from course_lib.ranks.by_hand.data_parallel import AveragedGradients
 from course_lib.ranks.by_hand.messages import ring_all_reduce
@@ -126,7 +128,7 @@ class Stage(NamedTuple):
 
     layers: nn.Module
     x: torch.Tensor
-    count: int
+    microbatches: int
 
     @classmethod
     def of_rank(cls, width: int = 512) -> Stage:
@@ -139,12 +141,14 @@ class Stage(NamedTuple):
 
     def by_hand(self, step: Callable) -> Step:
         stage = StageOfRank(self.layers, (32, self.x.shape[1]))
-        return lambda: step(stage, self.x.chunk(self.count), self.x.chunk(self.count), F.mse_loss)
+        return lambda: step(
+            stage, self.x.chunk(self.microbatches), self.x.chunk(self.microbatches), F.mse_loss
+        )
 
     def by_engine(self, schedule: Callable) -> Step:
         rank, last = dist.get_rank(), dist.get_world_size() - 1
         stage = PipelineStage(self.layers, rank, last + 1, ranks.device())
-        engine = schedule(stage, self.count, loss_fn=F.mse_loss)
+        engine = schedule(stage, self.microbatches, loss_fn=F.mse_loss)
         inputs, target = [self.x] if rank == 0 else [], {"target": self.x} if rank == last else {}
         return lambda: engine.step(*inputs, **target)
 
@@ -252,8 +256,8 @@ def peak(make: Callable[[], Step], count: int) -> int:
         step()
         step()
 
-    with course_lib.trace() as t:
-        ranks.run(twice, course_lib.devices(count, course_lib.A100, backing="cpu"))
+    with fresh_devices(count, course_lib.A100, backing="cpu") as gpus, course_lib.trace() as t:
+        ranks.run(twice, gpus)
     return max(t.peak_memory)
 
 
@@ -282,19 +286,48 @@ def show_calls(count: int = 4, calls: int = 11) -> None:
 
 
 def show_callers(count: int) -> None:
-    """Many programs begin at once, as learners on one host do."""
-    call = [sys.executable, __file__, "--one-call"]
-    began = time.perf_counter()
-    callers = [subprocess.Popen(call, stdout=subprocess.PIPE, text=True) for _ in range(count)]
-    said = [caller.communicate()[0] for caller in callers]
-    right = sum(text == f"{[4.0] * 4}\n" for text in said)
-    print(f"{count} callers at once: {right} right, {time.perf_counter() - began:.0f} s for all\n")
+    """Many programs begin at once, as learners on one host do; what they leave is counted."""
+    with tempfile.TemporaryDirectory(prefix="callers_") as folder:
+        call = [sys.executable, __file__, "--one-call"]
+        environment = {**os.environ, "TMPDIR": folder}
+        before, least = available_gigabytes(), float("inf")
+        began = time.perf_counter()
+        callers = [
+            subprocess.Popen([*call, str(n)], stdout=subprocess.PIPE, text=True, env=environment)
+            for n in range(count)
+        ]
+        while any(caller.poll() is None for caller in callers):
+            least = min(least, available_gigabytes())
+            time.sleep(0.2)
+        passed = time.perf_counter() - began
+        right = sum(
+            caller.communicate()[0] == f"{[4.0 * n + 6] * 4}\n" for n, caller in enumerate(callers)
+        )
+        left = [path for path in Path(folder).iterdir() if "torch" not in path.name]
+    processes = [n for n in os.listdir("/proc") if n.isdigit() and has_in_environment(n, folder)]
+    print(
+        f"{count} programs at once, four ranks each: {right} right, {passed:.0f} s for all, "
+        f"{before - least:.1f} GB at most; {len(left)} files and {len(processes)} processes left\n"
+    )
 
 
-def one_call() -> None:
+def available_gigabytes() -> float:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 1e6
+
+
+def has_in_environment(process: str, text: str) -> bool:
+    """Whether it began with that in its environment; forks have that of the first one."""
+    try:
+        return text.encode() in Path("/proc", process, "environ").read_bytes()
+    except OSError:  # it has ended, or is somebody else's
+        return False
+
+
+def one_call(number: int) -> None:
     def total() -> float:
         dist.init_process_group()
-        x = torch.ones(1)
+        x = torch.tensor([number + dist.get_rank()], dtype=torch.float32)
         dist.all_reduce(x)
         return x.item()
 
@@ -307,10 +340,10 @@ def main() -> None:
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--callers", type=int)
-    parser.add_argument("--one-call", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--one-call", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one_call:
-        return one_call()
+    if options.one_call is not None:
+        return one_call(options.one_call)
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; Python "
         f"{platform.python_version()}, PyTorch {torch.__version__}; one thread a rank\n"

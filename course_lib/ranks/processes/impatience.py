@@ -10,15 +10,21 @@ from contextlib import contextmanager
 
 @contextmanager
 def interrupts_come_later() -> Iterator[None]:
-    """An interrupt that comes in the block is raised behind it."""
-    if threading.current_thread() is not threading.main_thread():  # others are not interrupted
+    """An interrupt that comes in the block is delivered behind it, to whoever handles interrupts.
+
+    Where they are ignored, as in the background of a shell, they go on to be; and a handler that is
+    not Python's, which could not be put back, stays.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()  # others are not interrupted
+    if not is_main or before is None or before is signal.SIG_IGN:
         yield
         return
     came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+        signal.signal(signal.SIGINT, before)
     if came:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
