@@ -232,7 +232,7 @@ def test_shards_of_ranks_train_as_one_gpu_does_in_microbatches_and_in_processes(
                 torch.testing.assert_close(one, other.detach(), rtol=0, atol=1e-6)
 
 
-def test_shards_hold_no_more_than_fully_shard_by_a_twentieth() -> None:
+def test_shards_hold_what_fully_shard_holds_within_a_hundredth() -> None:
     """And send as many bytes."""
     seen = []
     for train in (lambda: sharded_by_hand() and None, sharded_by_engine):
@@ -241,7 +241,7 @@ def test_shards_hold_no_more_than_fully_shard_by_a_twentieth() -> None:
             on_ranks(gpus, train)
         seen.append((max(t.peak_memory), t.bytes_between_devices))
     (ours, sent), (theirs, sent_by_engine) = seen
-    assert ours <= 1.05 * theirs
+    assert ours <= 1.01 * theirs
     assert sent == sent_by_engine
 
 
