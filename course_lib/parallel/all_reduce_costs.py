@@ -15,6 +15,9 @@ from torch import Tensor
 
 from course_lib.hardware import Spec
 from course_lib.parallel.collectives import ring_all_reduce, tree_all_reduce
+from course_lib.parallel.double_tree import double_tree_all_reduce
+from course_lib.parallel.double_tree_costs import double_tree_seconds
+from course_lib.parallel.link_costs import add_seconds, cross_seconds, send_seconds, turns
 from course_lib.parallel.node_collectives import hierarchical_all_reduce
 
 AllReduce = Callable[[Iterable[Tensor]], None]
@@ -48,8 +51,8 @@ def hierarchical_seconds(spec: Spec, nodes: int, size: int, nbytes: float) -> fl
     shard = nbytes / size
     inside = (size - 1) * (2 * send_seconds(spec, shard) + add_seconds(spec, shard))
     chunk = shard / nodes
-    turns = ceil(size / (spec.network.cards or size))
-    between = (nodes - 1) * (2 * turns * cross_seconds(spec, chunk) + add_seconds(spec, chunk))
+    crossing = 2 * turns(spec, size) * cross_seconds(spec, chunk)
+    between = (nodes - 1) * (crossing + add_seconds(spec, chunk))
     return inside + between
 
 
@@ -57,24 +60,10 @@ SECONDS: dict[AllReduce, Callable[[Spec, int, int, float], float]] = {
     ring_all_reduce: ring_seconds,
     tree_all_reduce: tree_seconds,
     hierarchical_all_reduce: hierarchical_seconds,
+    double_tree_all_reduce: double_tree_seconds,
 }
 
 
 def fastest_all_reduce(spec: Spec, nodes: int, size: int, nbytes: float) -> AllReduce:
     """The one that takes the least time by its formula."""
     return min(SECONDS, key=lambda all_reduce: SECONDS[all_reduce](spec, nodes, size, nbytes))
-
-
-def send_seconds(spec: Spec, nbytes: float) -> float:
-    """Of a copy inside a node."""
-    return spec.latency + nbytes / spec.link_bandwidth
-
-
-def cross_seconds(spec: Spec, nbytes: float) -> float:
-    """Of a copy through the network."""
-    return spec.network.latency + nbytes / spec.network.bandwidth
-
-
-def add_seconds(spec: Spec, nbytes: float) -> float:
-    """In which a GPU adds a tensor to another: it reads two numbers and writes one."""
-    return 3 * nbytes / spec.memory_bandwidth

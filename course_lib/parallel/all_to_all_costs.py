@@ -6,10 +6,8 @@ that share a card take turns.
 
 from __future__ import annotations
 
-from math import ceil
-
 from course_lib.hardware import Spec
-from course_lib.parallel.all_reduce_costs import cross_seconds, send_seconds
+from course_lib.parallel.link_costs import cross_seconds, send_seconds, turns
 
 
 def all_to_all_bytes(nodes: int, size: int, nbytes: int) -> dict[str, int]:
@@ -29,18 +27,13 @@ def hierarchical_all_to_all_bytes(nodes: int, size: int, nbytes: int) -> dict[st
 
 def all_to_all_seconds(spec: Spec, nodes: int, size: int, nbytes: float) -> float:
     """Of :func:`all_to_all`: a GPU's sends, one after the other."""
-    crossing = _turns(spec, size) * (nodes - 1) * size * cross_seconds(spec, nbytes)
+    crossing = turns(spec, size) * (nodes - 1) * size * cross_seconds(spec, nbytes)
     return (size - 1) * send_seconds(spec, nbytes) + crossing
 
 
 def hierarchical_all_to_all_seconds(spec: Spec, nodes: int, size: int, nbytes: float) -> float:
     """Of :func:`hierarchical_all_to_all`: fewer and larger sends, and all is put together twice."""
     inside = (size - 1) * send_seconds(spec, nodes * nbytes)
-    between = _turns(spec, size) * (nodes - 1) * cross_seconds(spec, size * nbytes)
+    between = turns(spec, size) * (nodes - 1) * cross_seconds(spec, size * nbytes)
     joined = 2 * 2 * nodes * size * nbytes / spec.memory_bandwidth  # read and written
     return joined + inside + between
-
-
-def _turns(spec: Spec, size: int) -> int:
-    """How many GPUs share a card."""
-    return ceil(size / (spec.network.cards or size))

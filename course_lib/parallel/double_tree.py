@@ -23,8 +23,10 @@ from torch import Tensor
 from course_lib.hardware import current_stream, stream
 from course_lib.parallel.collectives import matching, require_contiguous
 
+PIECES = 8  # of each half, if nothing is said
 
-def double_tree_all_reduce(tensors: Iterable[Tensor], pieces: int = 8) -> None:
+
+def double_tree_all_reduce(tensors: Iterable[Tensor], pieces: int = PIECES) -> None:
     """Replace each tensor by the sum of all, over two trees.
 
     With N tensors of S bytes it moves 2 (N - 1) S in all, as any all-reduce here, and no device
@@ -88,7 +90,7 @@ class _Tree:
     def __init__(self, tensors: list[Tensor], parents: dict[int, int], pieces: int) -> None:
         self.pieces = [tensor.tensor_split(pieces) for tensor in tensors]
         self.parents = parents
-        self.order = _leaves_first(parents, len(tensors))
+        self.order = leaves_first(parents, len(tensors))
         devices = [tensor.device for tensor in tensors]
         self.main = [current_stream(device) for device in devices]
         self.sides = [[stream(device) for device in devices] for _ in range(4)]
@@ -128,7 +130,7 @@ class _Tree:
                 main.wait_stream(side)
 
 
-def _leaves_first(parents: dict[int, int], count: int) -> list[int]:
+def leaves_first(parents: dict[int, int], count: int) -> list[int]:
     """All ranks, each before its parent."""
 
     def depth(rank: int) -> int:

@@ -19,8 +19,8 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from course_lib.hardware import Spec, node_of
-from course_lib.parallel.all_reduce_costs import add_seconds, cross_seconds, send_seconds
 from course_lib.parallel.collectives import matching, tree_rounds
+from course_lib.parallel.link_costs import add_seconds, cross_seconds, send_seconds
 
 
 def tree_broadcast(tensors: Iterable[Tensor], root: int = 0) -> None:
