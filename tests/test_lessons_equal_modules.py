@@ -417,7 +417,9 @@ def test_lesson_08_and_sharded_train_to_the_same_parameters() -> None:
 def test_lesson_12_and_node_collectives_sum_to_the_same_bits_in_the_same_time(
     nodes: int, size: int
 ) -> None:
-    lesson = definitions("12_nodes_and_experts.ipynb", "hier", "seconds-formulas", "tuner")
+    lesson = definitions(
+        "12_nodes_and_experts.ipynb", "hier", "seconds-formulas", "tuner", "two-trees"
+    )
     torch.manual_seed(0)
     originals = torch.randn(nodes * size, 1001)
     results, seconds = [], []
@@ -430,11 +432,18 @@ def test_lesson_12_and_node_collectives_sum_to_the_same_bits_in_the_same_time(
             seconds.append(t.seconds)
     assert torch.equal(*results)
     assert seconds[0] == pytest.approx(seconds[1])
-    names = {"ring": "ring_all_reduce", "tree": "tree_all_reduce",
-             "levels": "hierarchical_all_reduce"}  # fmt: skip
+    names = {
+        "ring": "ring_all_reduce",
+        "tree": "tree_all_reduce",
+        "levels": "hierarchical_all_reduce",
+        "two trees": "double_tree_all_reduce",
+    }
     for nbytes in (10, 1e4, 1e7):
         case = (lesson.spec, nodes, size, nbytes)
-        assert names[lesson.tuner(*case)] == all_reduce_costs.fastest_all_reduce(*case).__name__
+        assert (
+            names[lesson.tuner(*case, lesson.FOUR)]
+            == all_reduce_costs.fastest_all_reduce(*case).__name__
+        )
 
 
 @pytest.mark.parametrize(("top_k", "factor"), [(1, 1.0), (2, 0.5), (2, 4.0)])
