@@ -58,7 +58,8 @@ def double_tree_seconds(spec: Spec, nodes: int, size: int, nbytes: float) -> flo
         for rank in order:
             start = max(summed[tree[rank]], summed[rank])
             summed[tree[rank]] = start + copy(rank, tree[rank]) + add_seconds(spec, piece)
-        told, free = {root: summed[root]}, defaultdict(float)
+        told = {root: summed[root]}  # when a rank has the whole sum
+        free: dict[int, float] = defaultdict(float)  # when it has sent what it had to
         for rank in reversed(order):
             parent = tree[rank]
             told[rank] = free[parent] = max(free[parent], told[parent]) + copy(parent, rank)
