@@ -134,7 +134,7 @@ def renew(name: str, make: Callable[[], Explorer]) -> None:
     start = time.perf_counter()
     if kept and is_of_the_same_explorer(kept.sources, sources) and _still_right(explorer, kept):
         dataclasses.replace(kept, sources=sources).save(path)
-        print(f"{name}: {SAMPLE} of {len(kept.frames)} positions drawn anew are as they were")
+        print(f"{name}: a sample of its {len(kept.frames)} positions, drawn anew, is as it was")
         return
     path.parent.mkdir(exist_ok=True)
     draw_all(explorer, sources).save(path)

@@ -38,6 +38,7 @@ PAGES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
 }
 _LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
 _BADGE = re.compile(r"!\[([^\]]*)\]\(https?://[^)\s]*\)")
@@ -49,7 +50,8 @@ def stage(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     _write_frames(folder)
-    for page in [*(ROOT / "docs").rglob("*.md"), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]:
+    at_the_top = [ROOT / name for name in PAGES if name != "README.md"]  # docs/index.md stands in
+    for page in [*(ROOT / "docs").rglob("*.md"), *at_the_top]:
         _stage_page(page, folder)
     for path in lessons():
         _stage_lesson(path, folder)
