@@ -1,5 +1,6 @@
 """Working copies: without outputs, the reader's own, and never overwritten without a word."""
 
+import os
 from pathlib import Path
 
 import nbformat
@@ -75,6 +76,24 @@ def test_a_copy_that_cannot_be_read_is_not_lost(copies: Path) -> None:
 def test_a_number_without_a_lesson_is_refused_with_those_there_are(number: str, tmp_path) -> None:
     with pytest.raises(SystemExit, match=r"there is no lesson .* there are 00, 01"):
         lab.fetch_fresh(number, tmp_path)
+
+
+@pytest.mark.parametrize("asked, given", [(None, "1"), ("4", "4")])
+def test_one_thread_computes_unless_the_reader_asks_for_more(asked, given, monkeypatch, copies):
+    seen = []
+    monkeypatch.setattr(lab, "COPIES", copies)
+    monkeypatch.setattr(
+        "jupyterlab.labapp.main",
+        lambda flags: seen.append((os.environ.get("OMP_NUM_THREADS"), flags)),
+    )
+    monkeypatch.setenv("OMP_NUM_THREADS", asked or "")
+    if asked is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    lab._open_jupyterlab(["--no-browser"])
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    ((threads, flags),) = seen
+    assert threads == given and f"--ServerApp.root_dir={copies}" in flags
+    assert "--LabApp.default_url=/lab/tree/00_meet_your_gpus.ipynb" in flags
 
 
 def test_a_saved_explorer_is_its_picture() -> None:

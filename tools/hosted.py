@@ -24,7 +24,9 @@ from notebook_tools import dumps, lessons
 INSTALL = """\
 # Gets the course, if it is not there yet. The PyTorch of this machine stays as it is.
 import importlib.util
+import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are small: more threads get in the way
 if importlib.util.find_spec("course_lib") is None:
     %pip install -q --no-deps {wheel} cloudpickle tqdm"""
 
