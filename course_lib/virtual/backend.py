@@ -204,7 +204,7 @@ def _create(func: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
         except RuntimeError as error:
             refuse_if_host_is_full(error, index)
             raise
-    return finish(operator, [], {}, index, [], out)
+    return finish(operator, [], {}, machine.memories[index], [], out)
 
 
 def _copy_from(source: torch.Tensor, destination: torch.Tensor, non_blocking: bool = False) -> Any:

@@ -46,9 +46,10 @@ class State:
         self.spec = spec
         self.device_count = device_count
         for index in range(len(self.memories), device_count):
-            self.memories.append(Memory(f"{DEVICE_TYPE}:{index}", spec.memory, self.number))
+            device = torch.device(DEVICE_TYPE, index)
+            self.memories.append(Memory(device, spec.memory, self.number))
             # As if torch.manual_seed had been called after this device came to be.
-            generator = DeviceGenerator(torch.device(DEVICE_TYPE, index), self.backing)
+            generator = DeviceGenerator(device, self.backing)
             self.generators.append(generator.manual_seed(torch.initial_seed()))
         for memory in self.memories:
             memory.capacity = spec.memory

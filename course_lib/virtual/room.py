@@ -24,7 +24,7 @@ from course_lib.virtual.operators import Operator
 _LARGE = 64_000_000
 _WIDEST = 16  # bytes of a complex128, the widest dtype
 # Two tensors of 45 kB each are the least of which something large can come, in four bytes a number.
-MAY_OUTGROW = 2e9
+MAY_OUTGROW = 2_000_000_000
 
 
 def check_factory(operator: Operator, args: tuple, kwargs: dict, index: int) -> None:
@@ -68,6 +68,8 @@ def check_output(
     if operator.is_product:
         one, other = tensors[-2:]
         numbers = one.numel() // one.shape[-1] * other.shape[-1]
+    elif all([tensor.shape == tensors[0].shape for tensor in tensors]):
+        numbers = tensors[0].numel()
     else:
         sizes = zip_longest(*[reversed(tensor.shape) for tensor in tensors], fillvalue=1)
         numbers = math.prod([max(size) for size in sizes])

@@ -11,13 +11,8 @@ import torch
 from torch._prims_common import suggest_memory_format
 
 from course_lib.virtual import hazards, host_copies
-from course_lib.virtual.execution import (
-    check_has_numbers,
-    execute,
-    finish,
-    follow_resized,
-    target_of,
-)
+from course_lib.virtual.arguments import check_has_numbers, target_of
+from course_lib.virtual.execution import execute, finish, follow_resized
 from course_lib.virtual.machine import machine
 from course_lib.virtual.operators import Operator, runs
 from course_lib.virtual.pinned import is_pinned
@@ -80,7 +75,8 @@ def _to_copy(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
         inner = operator.run(inner, **{**kwargs, "device": "cpu"})
         _charge_copy(source, inner, host_waits=not kwargs.get("non_blocking"))
         return inner
-    outer = wrap(operator.run(inner, **{**kwargs, "device": machine.backing}), destination)
+    there = operator.run(inner, **{**kwargs, "device": machine.backing})
+    outer = wrap(there, machine.memories[destination])
     _charge_copy(source, outer)
     return outer
 
@@ -210,7 +206,7 @@ def _dropout(operator: Operator, args: tuple, kwargs: dict) -> tuple[VirtualTens
     keep = torch.empty_like(_inner(x))
     keep.bernoulli_(1 - probability, generator=machine.generators[x.device_index])
     out = (x.held * (keep / (1 - probability)), keep.bool())
-    return finish(operator, [], {}, x.device_index, [x], out)
+    return finish(operator, [], {}, x.allocation.memory, [x], out)
 
 
 @runs(aten.native_dropout_backward.default)
@@ -219,7 +215,7 @@ def _dropout_backward(operator: Operator, args: tuple, kwargs: dict) -> VirtualT
     grad, mask, scale = args
     divisor = 1 / scale if scale else math.inf  # nothing was kept: the gradient is zero
     out = grad.held * (mask.held.to(grad.dtype) / divisor)
-    return finish(operator, [], {}, grad.device_index, [grad, mask], out)
+    return finish(operator, [], {}, grad.allocation.memory, [grad, mask], out)
 
 
 @runs(aten.one_hot.default)

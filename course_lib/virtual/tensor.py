@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from functools import cache
 from typing import Any, SupportsIndex
 
 import torch
@@ -17,17 +18,15 @@ from torch.storage import TypedStorage
 
 from course_lib.virtual import hazards
 from course_lib.virtual.machine import DEVICE_TYPE, machine
-from course_lib.virtual.memory import Allocation
+from course_lib.virtual.memory import Allocation, Memory
 from course_lib.virtual.operators import Operator, known_operators
 from course_lib.virtual.storages import VirtualStorage
 
 _make_wrapper = torch.Tensor._make_wrapper_subclass
 _data: Any = torch._C.TensorBase.data
-_DEVICES: dict[int, torch.device] = {}
-
 
 # What every virtual tensor has, and what PyTorch marks a parameter with.
-OF_VIRTUAL_TENSORS = {"held", "device_index", "allocation", "_is_param"}
+OF_VIRTUAL_TENSORS = {"held", "allocation", "_is_param"}
 
 
 class VirtualTensor(torch.Tensor):
@@ -35,12 +34,10 @@ class VirtualTensor(torch.Tensor):
 
     Attributes:
         held: the CPU tensor with the numbers.
-        device_index: which virtual GPU it is on.
         allocation: the memory that it keeps in use, shared with its views.
     """
 
     held: torch.Tensor
-    device_index: int
     allocation: Allocation
 
     # Nothing here changes what a Python-level function means, and asking costs 5 us a call.
@@ -53,7 +50,12 @@ class VirtualTensor(torch.Tensor):
         if len(types) > 1:  # a tensor with others inside, as DTensor's: it takes itself apart
             return NotImplemented
         operator = known_operators.get(id(func)) or Operator.of(func)
-        return operator.handler(operator, args, kwargs or {})
+        return operator.handler(operator, args, {} if kwargs is None else kwargs)
+
+    @property
+    def device_index(self) -> int:
+        """Which virtual GPU it is on."""
+        return self.allocation.memory.index
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # untyped
         machine.check_made_here(self.allocation.memory)
@@ -165,47 +167,49 @@ class VirtualTensor(torch.Tensor):
 
     def follow(self, inner: torch.Tensor, allocation: Allocation) -> None:
         """Be a tensor around ``inner``, whose form may be another than this one's."""
-        form = wrap(inner, self.device_index, allocation)
+        form = wrap(inner, allocation.memory, allocation)
         with torch._C._DisableTorchDispatch():
             _data.__set__(self, form)
         self.held, self.allocation = inner, allocation
 
 
+@cache
 def device_of(index: int) -> torch.device:
     """``torch.device("vgpu", index)``, made once."""
-    device = _DEVICES.get(index)
-    if device is None:
-        device = _DEVICES[index] = torch.device(DEVICE_TYPE, index)
-    return device
+    return torch.device(DEVICE_TYPE, index)
 
 
-def wrap(inner: torch.Tensor, index: int, allocation: Allocation | None = None) -> VirtualTensor:
-    """A tensor on ``vgpu:index`` around ``inner``; it takes new memory unless told whose it views.
+def wrap(
+    inner: torch.Tensor, memory: Memory, allocation: Allocation | None = None
+) -> VirtualTensor:
+    """A tensor around ``inner``; it takes new bytes of ``memory`` unless told whose it views.
 
     Raises:
         torch.OutOfMemoryError: the device is full.
+        NotImplementedError: ``inner`` is sparse or nested.
     """
     layout = inner.layout
     if layout is not torch.strided:
         raise not_dense(layout)
-    if inner.is_nested:
-        raise not_dense("nested ones: pad them")
+    try:
+        shape = inner.shape
+    except RuntimeError:  # nested tensors have none: to ask first would take longer
+        raise not_dense("nested ones: pad them") from None
     if allocation is None:
-        allocation = machine.memories[index].allocate(inner.untyped_storage().nbytes())
+        allocation = memory.allocate(inner.untyped_storage().nbytes())
     # Positional arguments, because parsing names would take as long as all the rest.
     outer = _make_wrapper(
         VirtualTensor,
-        inner.shape,
+        shape,
         inner.stride(),
         inner.storage_offset(),
         None,
         inner.dtype,
         layout,
-        _DEVICES.get(index) or device_of(index),
+        memory.device,
     )
-    outer.held = inner
-    outer.device_index = index
-    outer.allocation = allocation
+    # At once, for then Python finds each of them sooner than if they had been set one by one.
+    outer.__dict__ = {"held": inner, "allocation": allocation}
     return outer
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from course_lib.virtual.execution import mixed_devices
+from course_lib.virtual.arguments import mixed_devices
 from course_lib.virtual.machine import machine
 
 aten = torch.ops.aten

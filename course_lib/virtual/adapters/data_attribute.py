@@ -31,8 +31,7 @@ def _set_data(self: torch.Tensor, value: torch.Tensor) -> None:
     if isinstance(self, VirtualTensor) and isinstance(value, VirtualTensor):
         with torch._C._DisableTorchDispatch():
             _in_cpp.__set__(self, value)
-        self.held, self.device_index = value.held, value.device_index
-        self.allocation = value.allocation
+        self.held, self.allocation = value.held, value.allocation
     elif isinstance(self, VirtualTensor) or isinstance(value, VirtualTensor):
         become(self, value)
     else:

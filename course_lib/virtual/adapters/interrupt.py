@@ -33,9 +33,7 @@ from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 from course_lib.virtual.memory import Allocation, Memory
 
-_uninterrupted: set[CodeType] = {
-    function.__code__ for function in (Memory.allocate, Allocation.__init__, Allocation.__del__)
-}
+_uninterrupted: set[CodeType] = {Memory.allocate.__code__, Allocation.__del__.__code__}
 _weak: list[Any] = [WeakKeyDictionary(), WeakSet(), WeakValueDictionary()]
 _uninterrupted.update(each._remove.__code__ for each in _weak)
 

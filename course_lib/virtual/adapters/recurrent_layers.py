@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from course_lib.virtual.execution import finish, mixed_devices
+from course_lib.virtual.arguments import mixed_devices
+from course_lib.virtual.execution import finish
 from course_lib.virtual.generators import device_generator
 from course_lib.virtual.machine import DEVICE_TYPE, machine
 from course_lib.virtual.operators import Operator, runs
@@ -209,7 +210,8 @@ def _charge(call: _Call, tensors: Any, out: tuple, also_read: tuple | None = Non
         operator.name += "_backward"
         flops *= 2  # the gradients of the input, and those of the weights
     operator.flops = lambda args, kwargs, out: flops
-    return finish(operator, [], {}, call.index, [*tensors, *(also_read or ())], out)
+    memory = machine.memories[call.index]
+    return finish(operator, [], {}, memory, [*tensors, *(also_read or ())], out)
 
 
 def _steps(x: torch.Tensor) -> int:
