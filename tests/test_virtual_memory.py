@@ -13,8 +13,10 @@ from torch.nn import functional as F
 import course_lib
 from course_lib.models import MLP, parameter_count
 from course_lib.virtual import room
+from course_lib.virtual.machine import machine
 from course_lib.virtual.memory import format_bytes
 from course_lib.virtual.operators import Operator
+from course_lib.virtual.tensor import wrap
 
 Devices = list[torch.device]
 pytestmark = pytest.mark.usefixtures("vgpus")
@@ -246,6 +248,26 @@ def test_what_cannot_fit_is_refused_before_the_host_works(make, size, request):
         make(tall, wide)
     assert f"Tried to allocate {size}. " in str(caught.value)
     assert course_lib.memory_in_use("vgpu:0") == 160_000
+
+
+def test_a_sum_of_equal_shapes_that_cannot_fit_is_refused_before_the_host_works(request):
+    x, y = (torch.ones(7_000_000, device="vgpu:0") for _ in range(2))
+    request.getfixturevalue("host_has_no_memory")
+    with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate 28.00 MB\. "):
+        x + y
+
+
+@pytest.mark.parametrize("layout", ["sparse", "nested"])
+def test_what_is_refused_for_its_layout_takes_no_memory(layout: str):
+    inner = {
+        "sparse": torch.eye(2).to_sparse(),
+        "nested": torch._nested_view_from_buffer(
+            torch.ones(5), torch.tensor([[2], [3]]), torch.ones(2, 1).long(), torch.tensor([0, 2])
+        ),
+    }[layout]
+    with pytest.raises(NotImplementedError, match="virtual GPUs hold dense tensors only"):
+        wrap(inner, machine.memories[1])
+    assert peak() == 0
 
 
 def test_what_fits_is_not_refused():

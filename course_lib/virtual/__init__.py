@@ -18,8 +18,10 @@ How it works, in the order to read it:
 * ``storages``  what ``untyped_storage()`` gives;
 * ``room``     whether what an operator returns will fit, asked before it runs;
 * ``tensor``   the tensor: numbers inside, a device's rules around them;
-* ``execution``  unwrap, check, run on the backing device, account, wrap;
-* ``special_operators``  copies, reads, dropout and others that do more than compute;
+* ``arguments``  the tensors among an operator's arguments, and whether they may come together;
+* ``execution``  unwrap, check, run on the backing device, wrap, account;
+* ``copies``   to and from the device, and the reads that make the host wait;
+* ``special_operators``  indices, dropout and others that do more than compute;
 * ``random_states``  a generator whose state is CUDA's, a seed and an offset;
 * ``generators``  each device's random numbers;
 * ``backend``  what tells PyTorch that all this is a device;

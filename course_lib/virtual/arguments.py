@@ -44,6 +44,14 @@ def _unwrap(value: Any, tensors: list[VirtualTensor], host_tensors: list[torch.T
     return value
 
 
+def inner_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The inner tensor of one that is virtual; another is itself."""
+    if not isinstance(tensor, VirtualTensor):
+        return tensor
+    machine.check_made_here(tensor.allocation.memory)
+    return tensor.held
+
+
 def check_host_tensors(
     operator: Operator,
     index: int,

@@ -40,12 +40,13 @@ from course_lib.virtual.adapters import (
     transformer,
 )
 from course_lib.virtual.adapters.device_module import DeviceModule
+from course_lib.virtual.copies import copy_, item
 from course_lib.virtual.execution import finish
 from course_lib.virtual.generators import check_generator, device_generator
 from course_lib.virtual.machine import DEVICE_TYPE, machine
 from course_lib.virtual.operators import Operator
 from course_lib.virtual.room import check_factory, refuse_if_host_is_full
-from course_lib.virtual.special_operators import copy_, item, set_
+from course_lib.virtual.special_operators import set_
 from course_lib.virtual.tensor import index_of
 
 aten = torch.ops.aten

@@ -1,22 +1,19 @@
-"""The operators that do more than compute on one device."""
+"""The operators that do more than compute: indices, shapes changed in place, dropout and others."""
 
 from __future__ import annotations
 
 import copy
 import math
 from functools import cache
-from typing import Any
 
 import torch
 from torch._prims_common import suggest_memory_format
 
-from course_lib.virtual import hazards, host_copies
-from course_lib.virtual.arguments import check_has_numbers, target_of
+from course_lib.virtual.arguments import inner_of
 from course_lib.virtual.execution import execute, finish, follow_resized
 from course_lib.virtual.machine import machine
 from course_lib.virtual.operators import Operator, runs
-from course_lib.virtual.pinned import is_pinned
-from course_lib.virtual.tensor import VirtualTensor, wrap
+from course_lib.virtual.tensor import VirtualTensor
 
 aten = torch.ops.aten
 
@@ -57,84 +54,6 @@ def _without_waiting(operator: Operator) -> Operator:
     operator = copy.copy(operator)
     operator.host_waits = False
     return operator
-
-
-@runs(aten._to_copy.default)
-def _to_copy(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
-    """``x.to(...)``: on the same device a kernel, between devices a copy over the link."""
-    (source,) = args
-    device = kwargs.get("device")
-    if device is None or device == source.device:
-        return execute(operator, args, {**kwargs, "device": source.device})
-    destination = target_of(device, source.device_index)
-    inner = _inner(source)
-    if device.type == "meta":
-        return operator.run(inner, **kwargs)  # the shape goes, and no number
-    if destination is None:
-        check_has_numbers(".to('cpu')")
-        inner = operator.run(inner, **{**kwargs, "device": "cpu"})
-        _charge_copy(source, inner, host_waits=not kwargs.get("non_blocking"))
-        return inner
-    there = operator.run(inner, **{**kwargs, "device": machine.backing})
-    outer = wrap(there, machine.memories[destination])
-    _charge_copy(source, outer)
-    return outer
-
-
-@runs(aten.copy_.default)
-def copy_(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
-    """``a.copy_(b)``: the one operator that may have its tensors on two devices."""
-    destination, source = args[0], args[1]
-    if not isinstance(source, torch.Tensor):  # x.copy_(1.0)
-        return destination.fill_(source)
-    if not isinstance(destination, VirtualTensor):
-        check_has_numbers("copy_ to the host")
-    elif isinstance(source, VirtualTensor) and destination.device_index == source.device_index:
-        return execute(operator, args, kwargs)
-    operator.run(_inner(destination), _inner(source), *args[2:], **kwargs)
-    non_blocking = any(args[2:]) or kwargs.get("non_blocking", False)
-    on_host = source if isinstance(destination, VirtualTensor) else destination
-    _charge_copy(source, destination, host_waits=not (non_blocking and is_pinned(on_host)))
-    return destination
-
-
-def _inner(tensor: torch.Tensor) -> torch.Tensor:
-    if not isinstance(tensor, VirtualTensor):
-        return tensor
-    machine.check_made_here(tensor.allocation.memory)
-    return tensor.held
-
-
-def _charge_copy(source: torch.Tensor, destination: torch.Tensor, host_waits: bool = True) -> None:
-    """Charge the clock for a copy; a tensor that is not virtual is on the host."""
-    read = [source] if isinstance(source, VirtualTensor) else []
-    written = [destination] if isinstance(destination, VirtualTensor) else []
-    clock = machine.clock
-    ticket = clock.copy(
-        read[0].device_index if read else None,
-        written[0].device_index if written else None,
-        source.nbytes,
-        host_waits,
-    )
-    if not host_waits:
-        host_copies.watch(clock, ticket, destination if read else source, writes_host=bool(read))
-    if clock.has_side_streams:
-        hazards.check(ticket, read, written)
-    elif written:
-        written[0].allocation.writer = ticket
-
-
-@runs(aten._local_scalar_dense.default)
-def item(operator: Operator, args: tuple, kwargs: dict) -> Any:
-    """``x.item()``: the host waits for the device, then reads one number."""
-    check_has_numbers(".item()")
-    (tensor,) = args
-    inner = _inner(tensor)
-    stream = machine.clock.current[tensor.device_index]
-    if machine.clock.has_side_streams:
-        hazards.check((stream, stream.count, "item"), [tensor], [])
-    stream.synchronize()
-    return operator.run(inner)
 
 
 _RESHAPING = ("t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "as_strided_")
@@ -203,7 +122,7 @@ def _dropout(operator: Operator, args: tuple, kwargs: dict) -> tuple[VirtualTens
     x, probability, training = args
     if not training or probability == 0:
         return execute(operator, args, kwargs)
-    keep = torch.empty_like(_inner(x))
+    keep = torch.empty_like(inner_of(x))
     keep.bernoulli_(1 - probability, generator=machine.generators[x.device_index])
     out = (x.held * (keep / (1 - probability)), keep.bool())
     return finish(operator, [], {}, x.allocation.memory, [x], out)
@@ -259,7 +178,7 @@ def _zeros_of_form(operator: Operator, args: tuple, kwargs: dict) -> torch.Tenso
 )
 def _compare_forms(operator: Operator, args: tuple, kwargs: dict) -> bool:
     """What these ask is known without a look at the numbers, on whatever device they are."""
-    return operator.run(*[_inner(tensor) for tensor in args])
+    return operator.run(*[inner_of(tensor) for tensor in args])
 
 
 @runs(aten.block_diag.default)
