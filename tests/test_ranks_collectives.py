@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import course_lib
 from course_lib import ranks
+from course_lib.parallel import node_collectives
 from course_lib.parallel.collectives import ring_all_reduce
 from course_lib.virtual.machine import machine
 
@@ -118,6 +119,27 @@ def test_broadcast_and_reduce(vgpus, device):
     for rank, (x, y) in enumerate(on_ranks(vgpus, use_both)):
         assert torch.equal(x, ALL[3])
         assert torch.equal(y, ALL.mean(0) if rank == 1 else ALL[rank])
+
+
+def test_an_all_to_all_over_nodes_takes_the_rounds_of_the_one_by_hand():
+    """So that no round waits for a network card while others have done with their fast links."""
+    patient = course_lib.CLASSROOM.with_(launch_overhead=0.0)
+    gpus = course_lib.devices(8, patient, nodes=2, backing="meta")
+    parts = [[torch.empty(10_000, device=gpu) for _ in gpus] for gpu in gpus]
+    with course_lib.trace() as by_hand:
+        node_collectives.all_to_all(parts)
+
+    def exchange() -> None:
+        dist.init_process_group()
+        x = torch.empty(8 * 10_000, device="vgpu")
+        dist.all_to_all_single(torch.empty_like(x), x)
+
+    with course_lib.trace() as trace:
+        ranks.run(exchange, gpus)
+    sent = [span for span in trace.spans if span.route and None not in span.route]
+    seconds = max(span.end for span in sent) - min(span.start for span in sent)
+    assert seconds == pytest.approx(by_hand.seconds, rel=0.01)
+
 
 
 @pytest.mark.parametrize("device", ["vgpu", "cpu"])

@@ -94,7 +94,7 @@ def all_to_all(parts: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
     result: list[list[Tensor]] = [[row[rank] for row in parts] for rank in range(count)]
     ring = Ring(devices)
     with ring.turning():
-        for round_ in _rounds([node_of(device) for device in devices]):
+        for round_ in all_to_all_rounds(devices):
             for rank, to in round_:
                 with ring.between(rank, to):
                     result[to][rank] = parts[rank][to].to(devices[to])
@@ -104,15 +104,19 @@ def all_to_all(parts: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
     return result
 
 
-def _rounds(node_of_rank: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+def all_to_all_rounds(devices: Sequence[torch.device]) -> Iterator[list[tuple[int, int]]]:
     """Who sends to whom, round by round: in each all go as many nodes on, and as many places.
 
-    Where nodes have different numbers of ranks, all count as one.
+    Where nodes have different numbers of ranks, all count as one. Nobody sends to itself.
+
+    Args:
+        devices: one a rank.
     """
+    node_of_rank = [node_of(device) for device in devices]
     nodes = [[rank for rank, of in enumerate(node_of_rank) if of == node]
              for node in sorted(set(node_of_rank))]  # fmt: skip
     if len({len(node) for node in nodes}) > 1:
-        nodes = [list(range(len(node_of_rank)))]
+        nodes = [list(range(len(devices)))]
     size = len(nodes[0])
     for far in range(len(nodes)):
         for along in range(size):

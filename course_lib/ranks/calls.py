@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from course_lib.parallel.node_collectives import all_to_all_rounds
 from course_lib.parallel.ring import Ring
 from course_lib.ranks.errors import MismatchError
 from course_lib.ranks.reductions import Reduction
@@ -138,12 +139,12 @@ def scatter(ring: Ring, calls: Sequence[Call]) -> None:
 
 
 def all_to_all(ring: Ring, calls: Sequence[Call]) -> None:
-    """Rank r gets every rank's input r, each from its rank, in N - 1 rounds."""
+    """Rank r gets every rank's input r, each from its rank, in the rounds of the course's own."""
     _check_sizes(calls, lambda to, sender: (calls[to].outputs[sender], calls[sender].inputs[to]))
-    count = len(calls)
-    for step in range(count):
-        for rank in range(count):
-            to = (rank + step) % count
+    for rank, call in enumerate(calls):
+        _copy(ring, rank, call.outputs[rank], call.inputs[rank])
+    for round_ in all_to_all_rounds(ring.devices):
+        for rank, to in round_:
             _send(ring, rank, to, calls[rank].inputs[to], calls[to].outputs[rank])
 
 
