@@ -260,16 +260,6 @@ def test_gradients_in_bfloat16_are_half_the_bytes(vgpus):
     assert_equal(parameters, on_one_gpu(gpt()), within=1e-3)
 
 
-def test_what_ddp_cannot_do_here_is_said(vgpus):
-    def normalize() -> None:
-        dist.init_process_group()
-        model = nn.SyncBatchNorm(2).to("vgpu")
-        model(torch.ones(3, 2, device="vgpu"))
-
-    with pytest.raises(NotImplementedError, match="SyncBatchNorm does not train on virtual GPUs"):
-        ranks.run(normalize, vgpus)
-
-
 # ---------------------------------------------------------------------- sharded data parallelism
 
 

@@ -1,7 +1,7 @@
 """``torch.distributed`` in a run: each rank has its own groups, and all backends are this one.
 
 Rests on ``torch.distributed.distributed_c10d``: ``_World``, ``BackendConfig``,
-``Backend.default_device_backend_map`` and ``_new_process_group_helper``, which takes a group that
+``_get_default_timeout``, ``Backend.default_device_backend_map`` and ``_new_process_group_helper``, which takes a group that
 is written in Python as it is; on ``torch.distributed.rendezvous._rendezvous_handlers``, and on
 ``torch._C._distributed_c10d._set_thread_isolation_mode``, which lets every thread have a registry
 of groups.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -75,6 +76,7 @@ def used_by(run: Run) -> Iterator[None]:
             ),
             mock.patch.dict(_rendezvous_handlers, handlers),
             mock.patch.object(c10d.BackendConfig, "__init__", _configure_for_ranks),
+            mock.patch.object(c10d, "_get_default_timeout", _timeout_of_any),
         ]
         for change in changed:
             stack.enter_context(change)
@@ -87,6 +89,11 @@ def used_by(run: Run) -> Iterator[None]:
 def _configure_for_ranks(self: Any, backend: str) -> None:
     """Whatever the program asks for (``"nccl"``, ``"gloo"``, nothing), it gets these ranks."""
     self.device_backend_map = {"cpu": BACKEND, DEVICE_TYPE: BACKEND}
+
+
+def _timeout_of_any(backend: Any) -> timedelta:
+    """Nobody waits for it; PyTorch's own warns of ``"nccl"`` where that is not compiled in."""
+    return dist.default_pg_timeout
 
 
 def _register_once() -> None:

@@ -3,12 +3,12 @@
 DTensor keeps, for the whole process, a table of operators that ``loss_parallel`` changes, and what
 it knows of random numbers: each rank has its own. A cache of what operators return would answer
 with a tensor on another rank's GPU, and is left out. DDP asks what pinned memory and which
-version of CUDA there are, and takes times. SyncBatchNorm needs kernels that the CPU does not have.
+version of CUDA there are, and takes times.
 
 Rests on ``DTensor._op_dispatcher._custom_op_handlers``,
 ``torch.distributed.tensor._random._rng_tracker``,
-``torch._subclasses.fake_tensor.FakeTensorMode._cached_dispatch_impl`` and
-``DistributedDataParallel._check_comm_hook``.
+``torch._subclasses.fake_tensor.FakeTensorMode._cached_dispatch_impl``, and
+``DistributedDataParallel``'s ``_check_comm_hook`` and ``_active_ddp_module``.
 """
 
 from __future__ import annotations
@@ -20,28 +20,24 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.distributed.tensor import DTensor, _random
+from torch.distributed.tensor import _random
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from course_lib.ranks import functional as functional  # lets virtual GPUs know its operators
+from course_lib.ranks import refusals, sequence_parts
 from course_lib.ranks.rank_state import PARTS, attribute
 from course_lib.virtual import pinned
-from course_lib.virtual.spec import DEVICE_TYPE
 
-PARTS["DTensor's operators"] = attribute(lambda: DTensor._op_dispatcher, "_custom_op_handlers")
 PARTS["DTensor's random numbers"] = attribute(lambda: _random, "_rng_tracker")
+PARTS["DDP's model in forward"] = attribute(lambda: DistributedDataParallel, "_active_ddp_module")
 
 
 def state_of_a_rank() -> dict[str, Any]:
     """The parts above, as a process has them that has done nothing yet."""
-    return {
-        "DTensor's operators": dict(DTensor._op_dispatcher._custom_op_handlers),
-        "DTensor's random numbers": None,
-    }
+    return {**sequence_parts.state_of_a_rank(), "DTensor's random numbers": None}
 
 
 @contextmanager
@@ -52,8 +48,9 @@ def prepared() -> Iterator[None]:
             mock.patch.object(FakeTensorMode, "_cached_dispatch_impl", _without_cache),
             mock.patch.object(DistributedDataParallel, "_check_comm_hook", _check_hook),
             mock.patch.object(DistributedDataParallel, "forward", _forward),
+            sequence_parts.shared_rules(),
+            refusals.in_place(),
             mock.patch.object(torch.autograd, "_engine_run_backward", _run_backward),
-            mock.patch.object(nn.SyncBatchNorm, "forward", _normalize),
         ):
             stack.enter_context(change)
         yield
@@ -70,18 +67,6 @@ def _check_hook(self: DistributedDataParallel, hook: Any) -> None:
     """Here bfloat16 needs no version of CUDA or NCCL."""
     if getattr(hook, "__module__", "") != default_hooks.__name__:
         _check_any_hook(self, hook)
-
-
-_normalize_anywhere = nn.SyncBatchNorm.forward
-
-
-def _normalize(self: nn.SyncBatchNorm, x: torch.Tensor) -> torch.Tensor:
-    if self.training and x.device.type == DEVICE_TYPE:
-        raise NotImplementedError(
-            "SyncBatchNorm does not train on virtual GPUs: take BatchNorm, with the statistics of "
-            "each rank's own examples, or LayerNorm"
-        )
-    return _normalize_anywhere(self, x)
 
 
 class _QuietLogger:
@@ -124,6 +109,11 @@ _run_backward_of_any = torch.autograd._engine_run_backward
 def _forward(self: Any, *inputs: Any, **kwargs: Any) -> Any:
     if not isinstance(self.logger, _QuietLogger):
         self.logger = _QuietLogger(self.logger)
+    if self.mixed_precision is not None:
+        raise NotImplementedError(
+            "DistributedDataParallel(mixed_precision=...) does not train on virtual GPUs: take "
+            "torch.autocast, or fully_shard with a MixedPrecisionPolicy"
+        )
     if self.find_unused_parameters or self.static_graph:
         _here.asks_for_pinned_memory = True
     return _forward_of_any(self, *inputs, **kwargs)

@@ -7,23 +7,30 @@ all else that belongs to a process; modules of libraries are shared.
 
 from __future__ import annotations
 
-import runpy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from unittest import mock
 
 from course_lib.ranks.rank_state import PARTS, Part
 
 
+def compiled(path: Path) -> CodeType:
+    """A file as Python runs it."""
+    return compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
+
+
 @contextmanager
-def main_program(path: Path, arguments: list[str]) -> Iterator[Callable[[], None]]:
+def main_program(
+    path: Path, arguments: list[str], read: Callable[[Path], CodeType] = compiled
+) -> Iterator[Callable[[], None]]:
     """A function, to be run on each rank in the block, that runs the script at ``path``.
 
     Args:
         arguments: what the script finds in ``sys.argv`` behind its own name.
+        read: how the script becomes what Python runs.
     """
     own = _OwnModules(path.resolve().parent)
     parts = {
@@ -34,7 +41,14 @@ def main_program(path: Path, arguments: list[str]) -> Iterator[Callable[[], None
 
     def run() -> None:
         sys.argv[:] = [str(path), *arguments]
-        runpy.run_path(str(path), run_name="__main__")
+        main = ModuleType("__main__")
+        main.__file__ = str(path)
+        before = sys.modules["__main__"]
+        _set_main(main)
+        try:
+            exec(read(path), main.__dict__)
+        finally:
+            _set_main(before)
 
     with (
         mock.patch.dict(PARTS, parts),

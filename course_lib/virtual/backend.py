@@ -19,8 +19,10 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from course_lib.virtual import pinned, storages
 from course_lib.virtual.adapters import (
     accelerator,
+    amp,
     attention,
     autocast,
+    batch_norm,
     compiler,
     current_device,
     data_attribute,
@@ -90,6 +92,8 @@ def register() -> list[torch.library.Library]:
     _setup_privateuseone_for_python_backend(
         DEVICE_TYPE, backend_module=DeviceModule(), hook=_Hooks(), device_guard=_Guard()
     )
+    amp.prepare()
+    batch_norm.prepare()
     modules.prepare()
     accelerator.prepare()
     compiler.prepare()

@@ -1,4 +1,9 @@
-"""``scaled_dot_product_attention`` picks its algorithm by device; here it picks the CPU's."""
+"""``scaled_dot_product_attention`` picks its algorithm by device; here it picks the CPU's.
+
+Tensors of another class that hold virtual ones, DTensor's, are given CUDA's flash attention, by
+which PyTorch splits them, by heads or, for context parallelism, by the sequence. Its parts run the
+CPU's.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,8 @@ import torch
 
 from course_lib.virtual.arguments import mixed_devices
 from course_lib.virtual.machine import machine
+from course_lib.virtual.operators import Operator, runs
+from course_lib.virtual.tensor import VirtualTensor
 
 aten = torch.ops.aten
 
@@ -32,6 +39,10 @@ def _attention(
     for tensor in tensors[1:]:
         if tensor is not None and tensor.device != query.device:
             raise mixed_devices(query.device, tensor.device)
+    if not isinstance(query, VirtualTensor) and attn_mask is None:
+        return aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, scale=scale
+        )[0]
     q, k, v, mask = (_like_on_cpu(tensor) for tensor in tensors)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         allowed = attn_mask
@@ -57,6 +68,28 @@ def _attention(
     return aten._scaled_dot_product_attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )[0]
+
+
+@runs(aten._scaled_dot_product_flash_attention.default)
+def _flash(operator: Operator, args: tuple, kwargs: dict) -> tuple[Any, ...]:
+    """CUDA's flash attention: what comes out, its log-sum-exp, and what is for CUDA alone."""
+    query, key, value, dropout_p, is_causal = (*args, 0.0, False)[:5]
+    out, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, dropout_p, is_causal, scale=kwargs.get("scale")
+    )
+    seed_and_offset, unused = (query.new_empty(size, dtype=torch.int64) for size in ((2,), ()))
+    lengths = query.shape[2], key.shape[2]
+    return out, logsumexp, None, None, *lengths, seed_and_offset, unused, query.new_empty(0)
+
+
+@runs(aten._scaled_dot_product_flash_attention_backward.default)
+def _flash_backward(operator: Operator, args: tuple, kwargs: dict) -> tuple[Any, ...]:
+    names = [argument.name for argument in operator.func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    inputs = ("grad_out", "query", "key", "value", "out", "logsumexp", "dropout_p", "is_causal")
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *[given[name] for name in inputs], scale=given.get("scale")
+    )
 
 
 def _like_on_cpu(tensor: torch.Tensor | None) -> Any:

@@ -227,6 +227,11 @@ class DeviceModule:
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
 
+    def __getattr__(self, name: str) -> Any:
+        """Asked for what is nowhere else; ``hasattr`` takes the error for a no."""
+        of_cuda = f", as torch.cuda.{name} would be" if hasattr(torch.cuda, name) else ""
+        raise AttributeError(f"there is no torch.{DEVICE_TYPE}.{name} for virtual GPUs{of_cuda}")
+
 
 def _index(device: Any) -> int:
     """A device given as ``"vgpu:1"``, as a ``torch.device``, as ``1`` or not at all."""
