@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -239,3 +240,11 @@ def test_generators_of_the_host_stay_what_they_were():
     assert torch.Generator().device == torch.device("cpu")
     with pytest.raises(RuntimeError, match="Expected a 'vgpu' device type for generator"):
         torch.rand(2, device="vgpu:1", generator=torch.Generator())
+
+
+def test_torchscript_knows_the_functions_that_make_tensors():
+    """As it does without virtual GPUs; ``torch.distributed.optim`` is compiled where imported."""
+    source = "def numbers(x: float):\n    return torch.tensor([x, 2.0]), torch.as_tensor(3.0)\n"
+    compiled = torch.jit.CompilationUnit(source).numbers
+    assert [each.tolist() for each in compiled(1.0)] == [[1.0, 2.0], 3.0]
+    assert import_module("torch.distributed.optim").ZeroRedundancyOptimizer

@@ -34,8 +34,10 @@ How virtual ranks work, in the order to read it:
 * ``functional``      the collectives that DTensor calls;
 * ``store``           keys and values that all ranks share;
 * ``distributed``     what of ``torch.distributed`` is each rank's own, while ranks run;
-* ``engines``         what PyTorch's engines take for granted of a process;
+* ``engines``, ``sequence_parts``  what PyTorch's engines take for granted of a process;
+* ``refusals``        what virtual ranks do not do, and would not say by themselves;
 * ``script``          a script as each rank's main program, for ``python -m course_lib.ranks``;
+* ``cuda_scripts``    a script that says "cuda", read as if it said "vgpu";
 * ``launching``, ``output``  ``run`` itself, which chooses between virtual ranks and processes;
 * ``by_hand``         what a rank can run: the course's methods, written with ``torch.distributed``.
 
@@ -78,11 +80,14 @@ And the processes of ``ranks.run`` from those of ``torchrun``:
   cannot say where the ranks were that were stopped. Not tried on either.
 
 What virtual ranks refuse, in one line: a run inside of a rank, ``course_lib.devices`` and ``trace``
-inside of a rank, GPUs that are shared, receiving from any source, ``split_group``, SyncBatchNorm in
-training, ``DistributedDataParallel`` on GPUs without numbers (``backing="meta"``), since it reads
-the order of its buckets, ``async_save`` of ``torch.distributed.checkpoint``. Not tried: context
-parallelism of PyTorch's own, ``pipeline()`` that traces a model, ``torch.compile``, more than eight
-ranks.
+inside of a rank, GPUs that are shared, receiving from any source, ``split_group``,
+``DistributedDataParallel`` on GPUs without numbers (``backing="meta"``), since it reads the order
+of its buckets, and with ``mixed_precision``, ``async_save`` of ``torch.distributed.checkpoint``,
+``torch.distributed.rpc``, ``torch.multiprocessing.spawn``, ``torch.compile``, symmetric memory.
+PyTorch's ``quantization_pertensor_hook`` and ``batched_powerSGD_hook`` failed here, in an error of
+their own; its other hooks run. Not tried: more than eight ranks.
+
+Scripts that others wrote and that ran here are in ``TRIED.md`` beside this file.
 
 Virtual ranks rest on these names of PyTorch (tried with 2.13), which are private or may change:
 ``torch.distributed.distributed_c10d``: ``_World``, ``_world``, ``_backend``,
@@ -94,9 +99,10 @@ Virtual ranks rest on these names of PyTorch (tried with 2.13), which are privat
 and ``_engine_run_backward``; ``ReduceOp.__getstate__``;
 ``DTensor._op_dispatcher._custom_op_handlers``, ``torch.distributed.tensor._random._rng_tracker``,
 ``FakeTensorMode._cached_dispatch_impl``,
-``DistributedDataParallel``'s ``_check_comm_hook`` and ``logger``, and its ``forward``, as
-``SyncBatchNorm``'s, is replaced while ranks run; ``distributed_c10d._resolve_process_group``, the
-operators of ``_c10d_functional`` and ``fsdp.all_gather_copy_in``, ``AsyncCollectiveTensor``;
+``DistributedDataParallel``'s ``_check_comm_hook``, ``_active_ddp_module`` and ``logger``, and its
+``forward`` is replaced while ranks run; the names of ``torch.distributed.tensor.experimental`` that
+``sequence_parts`` gives; ``distributed_c10d._get_default_timeout`` and ``_resolve_process_group``,
+the operators of ``_c10d_functional`` and ``fsdp.all_gather_copy_in``, ``AsyncCollectiveTensor``;
 ``torch.utils._python_dispatch``'s ``TorchDispatchMode``; and of Python ``os.environ._data``.
 """
 

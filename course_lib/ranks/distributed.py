@@ -1,8 +1,9 @@
 """``torch.distributed`` in a run: each rank has its own groups, and all backends are this one.
 
 Rests on ``torch.distributed.distributed_c10d``: ``_World``, ``BackendConfig``,
-``_get_default_timeout``, ``Backend.default_device_backend_map`` and ``_new_process_group_helper``, which takes a group that
-is written in Python as it is; on ``torch.distributed.rendezvous._rendezvous_handlers``, and on
+``_get_default_timeout``, ``Backend.default_device_backend_map`` and ``_new_process_group_helper``,
+which takes a group that is written in Python as it is; on
+``torch.distributed.rendezvous._rendezvous_handlers``, and on
 ``torch._C._distributed_c10d._set_thread_isolation_mode``, which lets every thread have a registry
 of groups.
 """

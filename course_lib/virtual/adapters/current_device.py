@@ -22,9 +22,20 @@ def prepare() -> None:
     _device_constructors()  # what torch.set_default_device knows, while these are PyTorch's own
     torch.Tensor.to = _with_index_first(torch.Tensor.to)
     torch.Tensor.new_tensor = _with_index(torch.Tensor.new_tensor)
-    torch.tensor = _with_index(torch.tensor)
-    torch.as_tensor = _with_index(torch.as_tensor)
+    torch.tensor = _known_to_torchscript(_with_index(torch.tensor), torch.tensor)
+    torch.as_tensor = _known_to_torchscript(_with_index(torch.as_tensor), torch.as_tensor)
     torch.asarray = _with_index(torch.asarray)
+
+
+def _known_to_torchscript(function: Callable, original: Callable) -> Callable:
+    """``function``, which code that is compiled by ``torch.jit.script`` may call as ``original``.
+
+    PyTorch compiles its own optimizers so where ``torch.distributed.optim`` is imported.
+    """
+    operator = torch.jit._builtins._find_builtin(original)
+    if operator is not None:
+        torch.jit._builtins._register_builtin(function, operator)
+    return function
 
 
 def _with_index(function: Callable) -> Callable:
