@@ -141,7 +141,6 @@ def test_an_all_to_all_over_nodes_takes_the_rounds_of_the_one_by_hand():
     assert seconds == pytest.approx(by_hand.seconds, rel=0.01)
 
 
-
 @pytest.mark.parametrize("device", ["vgpu", "cpu"])
 def test_all_to_all(vgpus, device):
     def exchange(rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -140,7 +140,7 @@ class _Rewrite(ast.NodeTransformer):
         return node
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.JoinedStr:
-        first = node.values[0] if node.values else None
+        first: Any = node.values[0] if node.values else None
         self.generic_visit(node)
         is_text = isinstance(first, ast.Constant) and isinstance(first.value, str)
         if is_text and len(node.values) > 1 and re.fullmatch(r"cuda:\d*", first.value):
