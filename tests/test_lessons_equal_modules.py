@@ -32,10 +32,12 @@ from course_lib.parallel import (
     vocabulary,
 )
 from course_lib.parallel.attention_ring import ring_attention
+from course_lib.parallel.dropless import DroplessExpertParallel
 from course_lib.parallel.expert_parallel import ExpertParallel
 from course_lib.parallel.experts import MixtureOfExperts
 from course_lib.parallel.layer_parallel import LayerParallel, balanced_cuts
-from course_lib.parallel.local_training import LocalTraining
+from course_lib.parallel.local_training import LocalTraining, diloco
+from course_lib.parallel.overlapped_training import OverlappedTraining
 from course_lib.parallel.pipeline import Pipeline
 from course_lib.parallel.proof import largest_difference
 from course_lib.parallel.sharded_data_parallel import Sharded
@@ -479,6 +481,32 @@ def test_lesson_12_and_expert_parallel_have_the_same_outputs_and_gradients(
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-12)
 
 
+def test_lesson_12_and_dropless_send_the_same_rows_and_have_the_same_outputs() -> None:
+    cells = ("router", "capacity", "layer", "balance-loss", "all-to-all", "exchange", "spread")
+    lesson = definitions("12_nodes_and_experts.ipynb", *cells, "counts", "counted")
+    torch.manual_seed(0)
+    layer = lesson.ExpertLayer(6, 8, 4, 2, 1.25).double()
+    module = MixtureOfExperts(6, 8, 4, 2, 1.25).double()
+    module.router.score.load_state_dict(layer.router.state_dict())
+    module.experts.load_state_dict(layer.experts.state_dict())
+    inputs = [torch.randn(12, 6).double() for _ in range(2)]
+    gpus = devices(2, nodes=2)
+    xs = [x.to(gpu) for x, gpu in zip(inputs, gpus, strict=True)]
+    with trace() as ours:
+        outs, _ = lesson.counted_forward(layer, *lesson.spread(layer, gpus), xs)
+    parallel = DroplessExpertParallel(module, gpus)
+    with trace() as theirs:
+        expected, _ = parallel(xs)
+    for out, right in zip(outs, expected, strict=True):
+        torch.testing.assert_close(out, right, rtol=1e-12, atol=1e-12)
+    moved = [
+        sum(span.bytes for span in t.spans if span.route and span.route[0] is not None)
+        for t in (ours, theirs)
+    ]
+    assert ours.bytes_between_devices > 0
+    assert moved[0] - ours.bytes_between_devices == moved[1] - theirs.bytes_between_devices > 0
+
+
 @pytest.fixture
 def lesson_10() -> SimpleNamespace:
     cells = ("guess-eight", "meet", "circle", "ring", "bucket", "averaged", "pipe")
@@ -599,6 +627,7 @@ def test_lesson_11_puts_engines_and_code_by_hand_on_one_ruler() -> None:
 @pytest.fixture
 def lesson_13() -> SimpleNamespace:
     cells = ("task", "train", "same-parts", "seconds", "two-batches", "say", "feedback", "local")
+    cells += ("late",)
     return definitions("13_to_the_same_loss.ipynb", *cells)
 
 
@@ -642,3 +671,16 @@ def test_lesson_13_and_local_training_meet_at_the_same_places(lesson_13) -> None
     for step in range(6):
         local.step(*training.shards(step, 64, 0, lesson_13.gpus), F.cross_entropy)
     assert largest_difference(ours[-1], local.replicas[-1]) < 1e-6
+
+
+def test_lesson_13_and_overlapped_training_are_late_alike(lesson_13) -> None:
+    def sgd(parameters) -> torch.optim.SGD:
+        return torch.optim.SGD(parameters, lr=0.1)
+
+    ours, anchors = lesson_13.late_training(lesson_13.gpus, sgd, diloco, 3, 2, 9)
+    replicas = data_parallel.replicate(lesson_13.make_model(0), lesson_13.gpus)
+    run = OverlappedTraining(replicas, sgd, 3, 2, diloco)
+    for step in range(9):
+        run.step(*training.shards(step, 64, 0, lesson_13.gpus), F.cross_entropy)
+    assert largest_difference(ours[-1], run.replicas[-1]) < 1e-6
+    assert (anchors[0] - run.anchors[0]).abs().max() < 1e-6

@@ -16,7 +16,7 @@ from course_lib.parallel.data_parallel import replicate, split_batch
 from course_lib.parallel.gradient_noise import Noise
 from course_lib.parallel.sampling import batch_indices, epoch_order, evaluate
 from course_lib.sweeps import __main__ as script
-from course_lib.sweeps import tables, training
+from course_lib.sweeps import experts, overlap, tables, training
 
 # Samplers.
 
@@ -170,3 +170,58 @@ def test_a_stored_curve_goes_the_same_way_again() -> None:
     gpus = course_lib.devices(script.COUNT, training.SPEC)
     again = training.method_losses("float32, AdamW", gpus, stored[0]["rate"], stored[0]["seed"])
     assert again[:2] == pytest.approx([r["loss"] for r in stored[:2]], rel=0.1)
+
+
+def test_the_runs_of_experts_and_of_late_meetings_are_all_there() -> None:
+    runs = {(r["model"], r["rate"], r["seed"]) for r in tables.read("experts")}
+    tuned = {(m, r, 0) for m in experts.MODELS for r in experts.RATES}
+    assert {run for run in runs if run[2] == 0} == tuned
+    assert len(runs - tuned) == len(experts.MODELS) * len(script.SEEDS[1:])
+    for model, rate, seed in runs:  # each to the target, or given up
+        mine = [
+            row for row in tables.read("experts")
+            if (row["model"], row["rate"], row["seed"]) == (model, rate, seed)
+        ]  # fmt: skip
+        assert [row["steps"] for row in mine] == [experts.EVERY * n for n, _ in enumerate(mine, 1)]
+        assert all(row["loss"] > experts.TARGET for row in mine[:-1])
+        assert mine[-1]["loss"] <= experts.TARGET or mine[-1]["steps"] == 300
+    late = [(r["method"], r["rate"], r["seed"]) for r in tables.read("overlap")]
+    assert sorted(late) == sorted(
+        (m, r, s) for m in overlap.MEETING for r in training.METHODS[m][0] for s in script.SEEDS
+    )
+
+
+@pytest.mark.parametrize("kind", experts.MODELS)
+def test_a_stored_run_of_experts_begins_the_same_way_again(kind: str) -> None:
+    stored = [
+        row["loss"] for row in tables.read("experts")
+        if (row["model"], row["rate"], row["seed"]) == (kind, 0.002, 1)
+    ]  # fmt: skip
+    again = [next(experts.losses(kind, 0.002, seed=1))]
+    assert again == pytest.approx(stored[:1], rel=0.05)
+
+
+def test_a_dense_token_and_one_with_experts_cost_the_same_products() -> None:
+    dense, sparse = (experts.model_of(kind, 0) for kind in experts.MODELS)
+    up, _, down = dense.parts()[1][0].mlp
+    of_expert = sparse.layers[0].experts[0]
+    assert up.weight.numel() + down.weight.numel() == experts.TOP_K * (
+        of_expert[0].weight.numel() + of_expert[2].weight.numel()
+    )
+
+
+def test_stored_costs_of_experts_and_of_late_meetings_are_what_the_virtual_gpus_say() -> None:
+    (row,) = [
+        row for row in tables.read("expert_costs")
+        if (row["model"], row["link"]) == ("experts", "NVLink")
+    ]  # fmt: skip
+    seconds, nbytes, _ = experts.step_cost("experts", "NVLink")
+    assert seconds == pytest.approx(row["seconds"], rel=0.01)
+    assert nbytes["within a node"] == row["within"]
+    (row,) = [
+        row for row in tables.read("overlap_costs")
+        if (row["method"], row["link"]) == ("DiLoCo", "Ethernet")
+    ]  # fmt: skip
+    assert overlap.overlapped_cost("DiLoCo", 4, "Ethernet") == pytest.approx(
+        (row["seconds"], row["bytes"]), rel=0.01
+    )

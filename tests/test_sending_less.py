@@ -12,7 +12,8 @@ import course_lib
 from course_lib.models import MLP
 from course_lib.parallel.compressed_sums import Bfloat16Sums, Int8Sums, SumRows, TopKSums
 from course_lib.parallel.data_parallel import replicate, split_batch, train_step
-from course_lib.parallel.local_training import LocalTraining, diloco
+from course_lib.parallel.local_training import LocalTraining, average, diloco
+from course_lib.parallel.overlapped_training import OverlappedTraining
 from course_lib.parallel.proof import largest_difference
 
 LENGTH = 1001
@@ -211,3 +212,97 @@ def test_bad_input_is_refused_in_one_line():
     local = LocalTraining(replicate(a_model(), gpus), sgd, period=1)
     with pytest.raises(ValueError, match="1 inputs and 2 targets for 2 replicas"):
         local.step([torch.ones(1)], [torch.ones(1)] * 2, F.cross_entropy)
+
+
+# Meetings that overlap.
+
+
+def late_outer_steps_by_hand(starts, gradients, period, delay, outer_rate, momentum):
+    """A delayed outer step on plain numbers: SGD of rate 0.1 on gradients that are given.
+
+    Args:
+        gradients: ``gradients[step][rank]``.
+
+    Returns:
+        After every step each replica's number, and the anchor.
+    """
+    places, anchor, speed, sent, seen = list(starts), starts[0], 0.0, None, []
+    for step, of_ranks in enumerate(gradients, start=1):
+        places = [p - 0.1 * g for p, g in zip(places, of_ranks, strict=True)]
+        if sent is not None and step % period == delay:
+            distance = sum(anchor - p for p in sent) / len(sent)
+            speed = momentum * speed + distance
+            anchor -= outer_rate * (distance + momentum * speed if momentum else distance)
+            places = [anchor + (p - old) for p, old in zip(places, sent, strict=True)]
+        if step % period == 0:
+            sent = list(places)
+        seen.append((places, anchor))
+    return seen
+
+
+@pytest.mark.parametrize("outer, rate, momentum", [(average, 1.0, 0.0), (diloco, 0.7, 0.9)])
+@pytest.mark.parametrize("period, delay", [(2, 1), (4, 1), (4, 3)])
+def test_a_late_outer_step_is_that_of_the_meeting_and_keeps_the_way_since(
+    period, delay, outer, rate, momentum
+):
+    gpus = course_lib.devices(3)
+    model = torch.nn.Linear(1, 1, bias=False).double()
+    torch.nn.init.constant_(model.weight, 2.0)
+    run = OverlappedTraining(
+        replicate(model, gpus), lambda p: SGD(p, lr=0.1), period, delay, outer
+    )
+    gradients = torch.randn(13, 3, dtype=torch.float64).tolist()
+    seen = late_outer_steps_by_hand([2.0] * 3, gradients, period, delay, rate, momentum)
+    for of_ranks, (places, anchor) in zip(gradients, seen, strict=True):
+        xs = [
+            torch.tensor([[g]], dtype=torch.float64).to(gpu)
+            for g, gpu in zip(of_ranks, gpus, strict=True)
+        ]
+        with course_lib.trace(strict=True):  # no wait is missing
+            run.step(xs, xs, lambda out, _: out.sum())  # of which the gradient is x
+        ours = [replica.weight.item() for replica in run.replicas]
+        assert ours == pytest.approx(places, rel=1e-12)
+        assert [each.item() for each in run.anchors] == pytest.approx([anchor] * 3, rel=1e-12)
+
+
+def test_anchors_are_bit_identical_and_replicas_are_not_while_a_sum_is_late():
+    gpus = course_lib.devices(3)
+    run = OverlappedTraining(replicate(a_model(), gpus), sgd, period=3, delay=2, make_outer=diloco)
+    for step in range(5):
+        run.step(*(split_batch(each, gpus) for each in batch(step)), F.cross_entropy)
+    first, *others = (anchor.cpu() for anchor in run.anchors)
+    assert all(torch.equal(first, other) for other in others)
+    assert largest_difference(run.replicas[0], run.replicas[1]) > 0
+
+
+def test_a_meeting_that_overlaps_takes_no_time_of_its_own_where_the_delay_covers_it():
+    seconds = {}
+    for delay in (0, 2):
+        with course_lib.hardware.fresh_devices(
+            4, course_lib.CLASSROOM.with_(launch_overhead=0.0), nodes=4
+        ) as gpus:
+            replicas = replicate(a_model(), gpus)
+            run = (
+                OverlappedTraining(replicas, sgd, period=4, delay=delay)
+                if delay
+                else LocalTraining(replicas, sgd, period=4)
+            )
+            xs, ys = ([p.repeat(40, *[1] * (p.dim() - 1)).to(g) for p, g in
+                       zip(split_batch(each, gpus), gpus, strict=True)]
+                      for each in batch(0))  # fmt: skip
+            for _ in range(6):
+                run.step(xs, ys, F.cross_entropy)
+            course_lib.synchronize()
+            with course_lib.trace() as t:
+                for _ in range(4):
+                    run.step(xs, ys, F.cross_entropy)
+            seconds[delay] = t.seconds, t.bytes_between_devices
+    assert seconds[2][1] == seconds[0][1]
+    assert seconds[2][0] < seconds[0][0]
+
+
+def test_delays_that_cannot_be_are_refused_in_one_line():
+    replicas = replicate(a_model(), course_lib.devices(2))
+    for delay in (0, 4):
+        with pytest.raises(ValueError, match=f"1 to 3 steps late.*delay={delay}"):
+            OverlappedTraining(replicas, sgd, period=4, delay=delay)

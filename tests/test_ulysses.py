@@ -61,6 +61,49 @@ def test_ulysses_sends_as_much_as_a_ring_on_two_devices_and_less_on_more():
     assert all(less < 0 for less in difference[2:])
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_fewer_heads_of_keys_and_values_are_attention_with_grouped_queries(
+    count: int, kv_heads: int, causal: bool
+):
+    q, k, v = (tensor.detach() for tensor in whole())
+    mine = [each.clone().requires_grad_() for each in (q, k[:, :kv_heads], v[:, :kv_heads])]
+    theirs = [each.detach().clone().requires_grad_() for each in mine]
+    parts = split(mine, count)
+    with course_lib.trace(strict=True):  # no wait is missing
+        outs = ulysses_attention(*parts, causal)
+    joined = join_sequence(outs, 2, zigzag=False)
+    repeated = [each.repeat_interleave(H // kv_heads, dim=1) for each in theirs[1:]]
+    expected = F.scaled_dot_product_attention(theirs[0], *repeated, is_causal=causal)
+    torch.testing.assert_close(joined, expected, rtol=1e-12, atol=1e-12)
+    (joined**2).sum().backward()
+    (expected**2).sum().backward()
+    for tensor, right in zip(mine, theirs, strict=True):  # of a copied head, the copies' sum
+        torch.testing.assert_close(tensor.grad, right.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_keys_and_values_of_fewer_heads_move_less_but_a_head_for_each_device(
+    count: int, kv_heads: int
+):
+    q, k, v = (tensor.detach() for tensor in whole())
+    parts = split([q, k[:, :kv_heads].contiguous(), v[:, :kv_heads].contiguous()], count)
+    with course_lib.trace() as t:
+        ulysses_attention(*parts, causal=True)
+    formula = ulysses_bytes(count, q.nbytes, heads_per_kv=H // kv_heads, heads=H)
+    assert t.bytes_between_devices == formula
+    kv_bytes = 2 * max(kv_heads, count) * q.nbytes // H
+    assert formula == (2 * q.nbytes + kv_bytes) * (count - 1) // count
+
+
+def test_heads_of_keys_that_fit_no_device_are_refused_in_one_line():
+    q, k, v = whole()
+    with pytest.raises(ValueError, match="3 heads of keys and values for 8 of queries on 2"):
+        ulysses_attention(*split([q, k[:, :3], v[:, :3]], 2), causal=True)
+
+
 def test_heads_that_do_not_divide_are_refused_in_one_line():
     with pytest.raises(ValueError, match="8 heads do not divide among 16 devices"):
         ulysses_attention(*split(whole(), 16), causal=True)

@@ -133,7 +133,7 @@ def check_evaluate(accuracy_of_all: Callable[..., float]) -> Verdict:
         if abs(ours - hits.mean().item()) > 1e-6:
             raise Wrong(
                 f"{case}: {hits.mean():.4f} is right, and yours is {ours:.4f}."
-                f"{_evaluate_mistake(ours, hits, count)}",
+                f"{_evaluate_mistake(ours, hits, count, sum(seen))}",
                 facts,
             )
         if sum(seen) != examples:
@@ -153,20 +153,26 @@ def _count_rows(replica: nn.Module, rank: int, seen: list[int]) -> None:
     replica.register_forward_pre_hook(count)
 
 
-def _evaluate_mistake(ours: float, hits: Tensor, count: int) -> str:
+def _evaluate_mistake(ours: float, hits: Tensor, count: int, looked: int) -> str:
+    """What the number looks like, of the mistakes that the images looked at do not rule out."""
+    if not looked:
+        return " No replica was asked about an image: call each with its part of them."
     shards = [shard for shard in hits.tensor_split(count) if len(shard)]
     total = len(hits)
     equal = total // count * count
     padded = torch.cat([hits, hits[: -total % count]])
-    mistakes = {
+    mistakes: dict[str, Tensor | float] = {
         " This is the mean of the GPUs' means, in which an image of a small shard weighs more than "
         "one of a large shard.": sum(shard.mean() for shard in shards) / len(shards),
         " Divided by all GPUs, of which some have no image.": sum(s.mean() for s in shards) / count,
-        " Here some images are counted twice, to make the shards even.": padded.mean(),
-        " Here the images that do not divide are left out.": hits[:equal].mean(),
         " This is the first GPU's part alone.": shards[0].mean(),
         " This is a number of hits: divide it by the number of images.": hits.sum(),
     }
+    if looked > total:
+        words = " Here some images are counted twice, to make the shards even."
+        mistakes[words] = padded.mean()
+    if looked == equal:
+        mistakes[" Here the images that do not divide are left out."] = hits[:equal].mean()
     return known_mistake(
         lambda wrong: abs(ours - float(wrong)) < 1e-6,
         {words: torch.as_tensor(value) for words, value in mistakes.items()},

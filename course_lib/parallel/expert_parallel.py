@@ -85,16 +85,27 @@ class ExpertParallel(nn.Module):
         """What a rank's experts make of what came from all N ranks: as many rows, in order."""
         experts = self.experts[rank]
         assert isinstance(experts, nn.ModuleList)  # which a ModuleList of them does not tell
-        count, rows, width = arrived_NRD.shape
-        by_expert = arrived_NRD.view(count, len(experts), -1, width).transpose(0, 1)
-        out = run_experts(experts, by_expert.reshape(len(experts), -1, width).unbind())
-        return out.view(len(experts), count, -1, width).transpose(0, 1).reshape(count, rows, width)
+        out = run_experts(experts, rows_by_expert(arrived_NRD, len(experts)))
+        return rows_by_source(out, len(experts), len(arrived_NRD))
 
     def reduce_gradients(self) -> None:
         """Add up the routers' gradients, as data parallelism does. Experts need no such thing: all
         tokens that visited one are in its gradient."""
         for parameters in zip(*[router.parameters() for router in self.routers], strict=True):
             ring_all_reduce([p.grad for p in parameters if p.grad is not None])
+
+
+def rows_by_expert(rows_NRD: Tensor, experts: int) -> tuple[Tensor, ...]:
+    """For each expert its rows of all N sources, [N C, D], out of [N, E C, D]."""
+    count, _, width = rows_NRD.shape
+    by_expert = rows_NRD.view(count, experts, -1, width).transpose(0, 1)
+    return by_expert.reshape(experts, -1, width).unbind()
+
+
+def rows_by_source(rows_RD: Tensor, experts: int, count: int) -> Tensor:
+    """And back: from all experts' rows, [E N C, D], to those of each source, [N, E C, D]."""
+    by_expert = rows_RD.view(experts, count, -1, rows_RD.shape[-1])
+    return by_expert.transpose(0, 1).flatten(1, 2)
 
 
 def exchange_bytes(devices: int, rows: int, width: int, itemsize: int = 4) -> int:

@@ -20,6 +20,28 @@ from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What a router chose for each token.
+
+    Attributes:
+        expert_KT: for each choice and token the expert.
+        weight_KT: how much of that expert's output is the token's; over K they add up to 1.
+        chosen_KTE: the same choices as ones among zeros.
+        balance: the auxiliary loss: 1 when all experts get equally much, up to E when one gets all.
+    """
+
+    expert_KT: Tensor
+    weight_KT: Tensor
+    chosen_KTE: Tensor
+    balance: Tensor
+
+    @property
+    def tokens_E(self) -> Tensor:
+        """How many choices fell on each expert."""
+        return self.chosen_KTE.sum((0, 1))
+
+
+@dataclass(frozen=True)
 class Routing:
     """Where each token goes.
 
@@ -27,7 +49,7 @@ class Routing:
         place_KT: for each choice and token the row that it takes, of E x C; E x C if it is dropped.
         weight_KT: how much of that expert's output is the token's; 0 if it is dropped.
         rows: how many rows there are, E x C.
-        balance: the auxiliary loss: 1 when all experts get equally much, up to E when one gets all.
+        balance: the auxiliary loss, as in :class:`Choice`.
         tokens_E: how many choices fell on each expert, the dropped ones included.
     """
 
@@ -72,22 +94,26 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Who goes where. Nothing here makes the host wait: every shape is known before."""
-        tokens = len(x_TD)
-        capacity = self.capacity(tokens)
+        capacity = self.capacity(len(x_TD))
+        choice = self.choose(x_TD)
+        # All first choices take their places before any second one does.
+        before_KTE = choice.chosen_KTE.view(-1, self.experts).cumsum(0).view_as(choice.chosen_KTE)
+        queue_KT = ((before_KTE - 1) * choice.chosen_KTE).sum(-1)  # how many are before it
+        rows = self.experts * capacity
+        fits_KT = queue_KT < capacity
+        place_KT = torch.where(fits_KT, choice.expert_KT * capacity + queue_KT, rows)
+        weight_KT = choice.weight_KT * fits_KT
+        return Routing(place_KT, weight_KT, rows, choice.balance, choice.tokens_E)
+
+    def choose(self, x_TD: Tensor) -> Choice:
+        """Each token's experts and their weights, whether there is room for it or not."""
         probability_TE = self.score(x_TD).softmax(-1)
         weight_TK, expert_TK = probability_TE.topk(self.top_k)
         weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
-        # All first choices take their places before any second one does.
-        expert_KT = expert_TK.T
-        chosen_KTE = F.one_hot(expert_KT, self.experts)
-        before_KTE = chosen_KTE.view(-1, self.experts).cumsum(0).view_as(chosen_KTE) - 1
-        queue_KT = (before_KTE * chosen_KTE).sum(-1)  # how many are before it at its expert
-        rows = self.experts * capacity
-        fits_KT = queue_KT < capacity
-        place_KT = torch.where(fits_KT, expert_KT * capacity + queue_KT, rows)
-        fraction_E = chosen_KTE.sum((0, 1)) / (tokens * self.top_k)
+        chosen_KTE = F.one_hot(expert_TK.T, self.experts)
+        fraction_E = chosen_KTE.sum((0, 1)) / (len(x_TD) * self.top_k)
         balance = self.experts * (fraction_E * probability_TE.mean(0)).sum()
-        return Routing(place_KT, weight_TK.T * fits_KT, rows, balance, chosen_KTE.sum((0, 1)))
+        return Choice(expert_TK.T, weight_TK.T, chosen_KTE, balance)
 
 
 def dispatch(x_TD: Tensor, routing: Routing) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -60,8 +59,13 @@ class LocalTraining:
             raise ValueError(f"replicas meet every step or more rarely: period={period}")
         self.replicas, self.period, self.steps = list(replicas), period, 0
         self.inner = [make_inner(replica.parameters()) for replica in replicas]
-        self._anchors = [_row(replica).requires_grad_() for replica in replicas]
+        self._anchors = [row_of(replica).requires_grad_() for replica in replicas]
         self._outer = [make_outer([anchor]) for anchor in self._anchors]
+
+    @property
+    def anchors(self) -> list[Tensor]:
+        """Where the last meeting left the parameters, a row on each device; the same on all."""
+        return [anchor.detach() for anchor in self._anchors]
 
     def step(self, inputs: Tensors, targets: Tensors, loss_function: Loss) -> list[Tensor]:
         """One step of each replica on its own batch, and every ``period`` steps a meeting.
@@ -96,19 +100,26 @@ class LocalTraining:
 
     def meet(self) -> None:
         """Make the outer step, and go on from there."""
-        with torch.no_grad():
-            moved = [
-                anchor - _row(replica)
-                for anchor, replica in zip(self._anchors, self.replicas, strict=True)
-            ]
-            ring_all_reduce(moved)
+        moved = [
+            anchor - row_of(replica)
+            for anchor, replica in zip(self.anchors, self.replicas, strict=True)
+        ]
+        ring_all_reduce(moved)
+        self.outer_step(moved)
+        for anchor, replica in zip(self.anchors, self.replicas, strict=True):
+            nn.utils.vector_to_parameters(anchor.clone(), replica.parameters())
+
+    def outer_step(self, moved: Tensors) -> None:
+        """Move each anchor by the outer optimizer.
+
+        Args:
+            moved: on each device the sum of how far the replicas have come, anchor minus place.
+        """
         for anchor, optimizer, distance in zip(self._anchors, self._outer, moved, strict=True):
             anchor.grad = distance / len(self.replicas)
             optimizer.step()
-        for anchor, replica in zip(self._anchors, self.replicas, strict=True):
-            nn.utils.vector_to_parameters(anchor.detach().clone(), replica.parameters())
 
 
-def _row(replica: nn.Module) -> Tensor:
+def row_of(replica: nn.Module) -> Tensor:
     """All parameters of a replica in one row, a copy."""
     return nn.utils.parameters_to_vector(replica.parameters()).detach()

@@ -91,9 +91,18 @@ def exchange(parts: Sequence[Tensors]) -> list[Tensor]:
     Returns:
         For each rank a tensor whose first dimension is where the parts came from.
     """
+    return [torch.stack(arrived) for arrived in exchange_uneven(parts)]
+
+
+def exchange_uneven(parts: Sequence[Tensors]) -> list[list[Tensor]]:
+    """The same for parts of different sizes, which may be empty: a list for each rank.
+
+    Args:
+        parts: ``parts[r][d]`` is on the device of rank r, for rank d.
+    """
     count = len(parts)
     flat = _cross([part for row in parts for part in row], _exchanged, _exchanged)
-    return [torch.stack(flat[rank * count : (rank + 1) * count]) for rank in range(count)]
+    return [flat[rank * count : (rank + 1) * count] for rank in range(count)]
 
 
 def _cross(tensors: Tensors, there: Callable, back: Callable) -> list[Tensor]:

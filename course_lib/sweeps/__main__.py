@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 from course_lib import hardware
-from course_lib.sweeps import training
+from course_lib.sweeps import experts, overlap, training
 from course_lib.sweeps.tables import best_rates, read
 from course_lib.sweeps.training import LINKS, METHODS, SGD_RATES
 
@@ -58,11 +58,55 @@ def costs() -> Iterator[list[object]]:
         yield [*case, f"{seconds:.6g}", f"{nbytes:g}"]
 
 
+def overlaps() -> Iterator[list[object]]:
+    for method in overlap.MEETING:
+        for rate in METHODS[method][0]:
+            for seed in SEEDS:
+                with hardware.fresh_devices(COUNT, training.SPEC) as gpus:
+                    yield [method, rate, seed, overlap.overlapped_steps(method, gpus, rate, seed)]
+
+
+def overlap_costs() -> Iterator[list[object]]:
+    for method in overlap.MEETING:
+        for link in LINKS:
+            seconds, nbytes = overlap.overlapped_cost(method, COUNT, link)
+            yield [method, COUNT, link, f"{seconds:.6g}", f"{nbytes:g}"]
+
+
+def expert_runs() -> Iterator[list[object]]:
+    """The loss on the way: all rates with the first seed, then the best one with the others."""
+    for kind in experts.MODELS:
+        looks: dict[float, list[float]] = {}
+        for rate in experts.RATES:
+            looks[rate] = list(experts.losses(kind, rate, SEEDS[0]))
+            yield from expert_rows(kind, rate, SEEDS[0], looks[rate])
+        arrived = [rate for rate, seen in looks.items() if seen[-1] <= experts.TARGET]
+        best = min(arrived, key=lambda rate: len(looks[rate]))
+        for seed in SEEDS[1:]:
+            yield from expert_rows(kind, best, seed, experts.losses(kind, best, seed))
+
+
+def expert_rows(kind: str, rate: float, seed: int, seen: Iterable[float]) -> Iterator[list[object]]:
+    for look, loss in enumerate(seen, start=1):
+        yield [kind, rate, seed, experts.EVERY * look, f"{loss:.4g}"]
+
+
+def expert_costs() -> Iterator[list[object]]:
+    for kind in experts.MODELS:
+        for link in experts.LINKS:
+            seconds, nbytes, peak = experts.step_cost(kind, link)
+            yield [kind, link, f"{seconds:.6g}", nbytes["within a node"], nbytes["network"], peak]
+
+
 TABLES = {
     "batches": ("batch,rate,seed,steps", batches),
     "methods": ("method,rate,seed,steps", methods),
     "curves": ("method,rate,seed,steps,loss", curves),  # of the methods' best rates
     "costs": ("method,gpus,link,batch,seconds,bytes", costs),
+    "experts": ("model,rate,seed,steps,loss", expert_runs),
+    "expert_costs": ("model,link,seconds,within,across,peak", expert_costs),
+    "overlap": ("method,rate,seed,steps", overlaps),
+    "overlap_costs": ("method,gpus,link,seconds,bytes", overlap_costs),
 }
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 Row = dict[str, Any]
 
-_WHOLE = ("batch", "seed", "gpus")
+_WHOLE = ("batch", "seed", "gpus", "within", "across", "peak")
 _REAL = ("rate", "steps", "loss", "seconds", "bytes")
 
 
 def read(name: str) -> list[Row]:
-    """The rows of the table ``name``: ``"batches"``, ``"methods"``, ``"curves"`` or ``"costs"``."""
+    """The rows of the table ``name``, such as ``"batches"``: a file beside this module."""
     text = files("course_lib.sweeps").joinpath(f"{name}.csv").read_text("utf-8")
     return [
         {key: _value(key, each) for key, each in row.items()}

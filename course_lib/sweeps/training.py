@@ -128,11 +128,13 @@ def summing_step(
     return step
 
 
-def _sgd(rate: float) -> Callable:
+def sgd(rate: float) -> Callable:
+    """Makes SGD of a rate."""
     return lambda parameters: torch.optim.SGD(parameters, lr=rate)
 
 
-def _adam(rate: float) -> Callable:
+def adam(rate: float) -> Callable:
+    """Makes AdamW of a rate."""
     return lambda parameters: torch.optim.AdamW(parameters, lr=rate)
 
 
@@ -160,14 +162,14 @@ def _meet(make_optimizer: Callable, **options: Callable) -> Callable:
 # For each method: the learning rates that it is tried with, and what begins a run of it.
 _RATES = SGD_RATES[1:]  # 0.05 is slow with all of them
 METHODS: dict[str, tuple[tuple[float, ...], Callable[[Sequence[nn.Module], float], Step]]] = {
-    "float32": (_RATES, _sum_by(lambda: ring_all_reduce, _sgd)),
-    "bfloat16": (_RATES, _sum_by(Bfloat16Sums, _sgd)),
-    "int8": (_RATES, _sum_by(Int8Sums, _sgd)),
-    "top 1 %": (_RATES, _sum_by(lambda: TopKSums(0.01), _sgd)),
-    "top 1 %, forgetful": (_RATES, _sum_by(lambda: Forgetful(0.01), _sgd)),
-    "local SGD": (_RATES, _meet(_sgd)),
-    "float32, AdamW": (ADAM_RATES, _sum_by(lambda: ring_all_reduce, _adam)),
-    "DiLoCo": (ADAM_RATES, _meet(_adam, make_outer=diloco)),
+    "float32": (_RATES, _sum_by(lambda: ring_all_reduce, sgd)),
+    "bfloat16": (_RATES, _sum_by(Bfloat16Sums, sgd)),
+    "int8": (_RATES, _sum_by(Int8Sums, sgd)),
+    "top 1 %": (_RATES, _sum_by(lambda: TopKSums(0.01), sgd)),
+    "top 1 %, forgetful": (_RATES, _sum_by(lambda: Forgetful(0.01), sgd)),
+    "local SGD": (_RATES, _meet(sgd)),
+    "float32, AdamW": (ADAM_RATES, _sum_by(lambda: ring_all_reduce, adam)),
+    "DiLoCo": (ADAM_RATES, _meet(adam, make_outer=diloco)),
 }
 
 MEETING = ("local SGD", "DiLoCo")  # they send nothing in most steps

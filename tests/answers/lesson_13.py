@@ -170,6 +170,17 @@ def padded(replicas, x, y):
     return an_all_reduce_of_two_numbers(replicas, x, y)
 
 
+@EVALUATE.wrong("No replica was asked", unsaid="twice")
+def a_number_that_looks_at_nothing(replicas, x, y):
+    return 0.75  # what some images counted twice would come to
+
+
+@EVALUATE.wrong("0.7000 is right, and yours is 0.7500", unsaid="twice")
+def a_number_that_looks_at_each_image_once(replicas, x, y):
+    an_all_reduce_of_two_numbers(replicas, x, y)
+    return 0.75
+
+
 @EVALUATE.wrong("the images that do not divide are left out")
 def the_rest_left_out(replicas, x, y):
     even = len(y) // len(replicas) * len(replicas)
