@@ -26,7 +26,8 @@ class Call:
     Attributes:
         name: as in ``torch.distributed``.
         run: what is done when all ranks are there.
-        inputs, outputs: what it reads and writes: a tensor, or one for each rank.
+        inputs, outputs: what it reads and writes: a tensor, or one for each rank. A whole tensor
+            stands for its equal parts where there should be one for each.
         reduction: of those that reduce.
         root: rank in the group from which, or to which, the numbers go.
         agree_on_shape: whether all ranks must give inputs of one shape.
@@ -83,7 +84,7 @@ def all_reduce(ring: Ring, calls: Sequence[Call]) -> None:
 def reduce_scatter(ring: Ring, calls: Sequence[Call]) -> None:
     """Rank r gets the sum of all ranks' input r: (N - 1) / N of the bytes from each."""
     reduction = _reduction(calls)
-    chunks = [[_flat(tensor) for tensor in call.inputs] for call in calls]
+    chunks = [_parts(call.inputs, len(calls)) for call in calls]
     outputs = [_flat(call.outputs[0]) for call in calls]
     _check_sizes(calls, lambda receiver, sender: (outputs[receiver], chunks[sender][receiver]))
     if len(calls) == 1:
@@ -94,7 +95,7 @@ def reduce_scatter(ring: Ring, calls: Sequence[Call]) -> None:
 
 def all_gather(ring: Ring, calls: Sequence[Call]) -> None:
     """Every rank gets all inputs: (N - 1) / N of the bytes of the whole from each."""
-    chunks = [[_flat(tensor) for tensor in call.outputs] for call in calls]
+    chunks = [_parts(call.outputs, len(calls)) for call in calls]
     inputs = [_flat(call.inputs[0]) for call in calls]
     _check_sizes(calls, lambda receiver, sender: (chunks[receiver][sender], inputs[sender]))
     for rank, tensor in enumerate(inputs):
@@ -154,6 +155,14 @@ def barrier(ring: Ring, calls: Sequence[Call]) -> None:
 
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.view(-1)
+
+
+def _parts(tensors: Sequence[Tensor], count: int) -> list[Tensor]:
+    """A row of numbers for each of ``count`` ranks."""
+    if len(tensors) == count:
+        return [_flat(tensor) for tensor in tensors]
+    (whole,) = tensors
+    return list(_flat(whole).tensor_split(count))
 
 
 def _reduction(calls: Sequence[Call]) -> Reduction:

@@ -17,6 +17,7 @@ import torch
 from course_lib import hardware
 from course_lib.parallel.ring import Ring
 from course_lib.ranks.calls import Call
+from course_lib.ranks.counted_ring import CountedRing
 from course_lib.ranks.errors import MismatchError
 from course_lib.ranks.host_ring import HostRing
 from course_lib.virtual.machine import machine
@@ -114,8 +115,11 @@ class Communicator:
                     for stream, moment in zip(self._main, moments, strict=True):
                         moment.wait(stream)
                         streams.enter_context(stream)
-                    with ring.turning():
-                        calls[0].run(ring, calls)
+                    if machine.backing.type == "meta":
+                        CountedRing(self.devices, self._main).run(calls)
+                    else:
+                        with ring.turning():
+                            calls[0].run(ring, calls)
                     meeting.ends = [stream.record_event() for stream in self._main]
         meeting.is_over = True
         meeting.calls.clear()  # their tensors need not live any longer

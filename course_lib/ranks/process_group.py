@@ -74,21 +74,17 @@ class RankGroup(GroupIdentity):
         self, output_tensors: list[list[Tensor]], input_tensors: Any, opts: Any = None
     ) -> dist.Work:
         (inputs,), (outputs,) = _list(input_tensors), output_tensors
-        return self._all_gather("all_gather", outputs, inputs, same_shape=False)
+        return self._all_gather(outputs, inputs)
 
     def all_gather_single(
         self, output: Tensor, input: Tensor, opts: Any = None, timeout: Any = None
     ) -> dist.Work:
         self._check_multiple("all_gather_single", output, input)
-        size = max(input.numel(), 1)
-        parts = output.view(-1).split(size) if input.numel() else [output] * self.size()
-        return self._all_gather("all_gather_single", list(parts), input, same_shape=True)
+        return self._meet(Call("all_gather_single", calls.all_gather, [input], [output]), [output])
 
-    def _all_gather(
-        self, name: str, outputs: list[Tensor], tensor: Tensor, same_shape: bool
-    ) -> dist.Work:
-        self._check_count(name, outputs)
-        call = Call(name, calls.all_gather, [tensor], outputs, agree_on_shape=same_shape)
+    def _all_gather(self, outputs: list[Tensor], tensor: Tensor) -> dist.Work:
+        self._check_count("all_gather", outputs)
+        call = Call("all_gather", calls.all_gather, [tensor], outputs, agree_on_shape=False)
         return self._meet(call, outputs)
 
     def all_gather_single_coalesced(
@@ -103,27 +99,25 @@ class RankGroup(GroupIdentity):
         works = []
         for place, tensor in enumerate(inputs):
             outputs = [each[place] for each in output_lists]
-            works.append(self._all_gather("all_gather", outputs, tensor, same_shape=False))
+            works.append(self._all_gather(outputs, tensor))
         return Together(works)
 
     def reduce_scatter(
         self, output_tensors: Any, input_tensors: Any, opts: Any = ReduceOp.SUM, timeout: Any = None
     ) -> dist.Work:
         (output,), (inputs,) = _list(output_tensors), input_tensors
+        self._check_count("reduce_scatter", inputs)
         return self._reduce_scatter("reduce_scatter", output, list(inputs), opts)
 
     def reduce_scatter_single(
         self, output: Tensor, input: Tensor, opts: Any = ReduceOp.SUM, timeout: Any = None
     ) -> dist.Work:
         self._check_multiple("reduce_scatter_single", input, output)
-        size = max(output.numel(), 1)
-        parts = input.view(-1).split(size) if output.numel() else [input] * self.size()
-        return self._reduce_scatter("reduce_scatter_single", output, list(parts), opts)
+        return self._reduce_scatter("reduce_scatter_single", output, [input], opts)
 
     def _reduce_scatter(
         self, name: str, output: Tensor, inputs: list[Tensor], opts: Any
     ) -> dist.Work:
-        self._check_count(name, inputs)
         reduction = self._reduction(opts)
         return self._meet(Call(name, calls.reduce_scatter, inputs, [output], reduction), [output])
 

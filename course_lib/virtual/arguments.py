@@ -95,7 +95,8 @@ def written_in_place(
     if operator.writes == [0] and isinstance(inner_args[0], torch.Tensor):
         return [inputs[0]]
     changed = _written_ids(operator, inner_args, inner_kwargs)
-    return [tensor for tensor in inputs if id(tensor.held) in changed]
+    # One that is an input and the output, as in torch.maximum(a, b, out=a), is written once.
+    return list({id(each): each for each in inputs if id(each.held) in changed}.values())
 
 
 def _written_ids(operator: Operator, inner_args: list, inner_kwargs: dict) -> set[int]:

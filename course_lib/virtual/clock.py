@@ -117,7 +117,7 @@ class Clock:
         spans = []
         if self.listeners:
             names = (stream.name,) if stream.name else DEFAULT
-            spans = self._tell(name, device, start, end, flops, nbytes, None, self.region, names)
+            spans = self.tell(name, device, start, end, flops, nbytes, None, self.region, names)
         if self.has_side_streams:
             self._enqueue(seconds, [self._cores[device]], [stream], spans)
         return (stream, stream.count, name)
@@ -131,26 +131,15 @@ class Clock:
             host_waits: whether the host waits for a copy to or from itself. It does unless the
                 copy is ``non_blocking`` and its memory on the host is pinned.
         """
-        spec = self.spec
         ends = [device for device in (source, destination) if device is not None]
         streams = [self.current[device] for device in ends]
-        latency = spec.latency
-        if len(ends) == 2 and self.nodes.network_joins(*ends):
-            bandwidth, latency = spec.network.bandwidth, spec.network.latency
-            cards = [self.nodes.card_of(device) for device in ends]
-            engines = [self._card_senders[cards[0]], self._card_receivers[cards[1]]]
-        elif len(ends) == 2:
-            bandwidth = spec.link_bandwidth
-            engines = [self._senders[ends[0]], self._receivers[ends[1]]]
-        else:
-            bandwidth = spec.host_bandwidth
-            engines = [self._from_host[ends[0]] if source is None else self._to_host[ends[0]]]
-        self.host += spec.launch_overhead
+        latency, bandwidth, engines = self.way(source, destination)
+        self.host += self.spec.launch_overhead
         streams[0].wait_stream(streams[-1])
         streams[0].count += 1
         names = tuple([stream.name for stream in streams])
         route = (source, destination)
-        spans = self._tell("copy", ends[0], 0.0, 0.0, 0, nbytes, route, self.region, names)
+        spans = self.tell("copy", ends[0], 0.0, 0.0, 0, nbytes, route, self.region, names)
         task = self._enqueue(latency + nbytes / bandwidth, engines, streams, spans)
         if not self.has_side_streams:
             self.tasks.settle(task)
@@ -161,7 +150,29 @@ class Clock:
             streams[0].synchronize()
         return (streams[0], streams[0].count, "copy")
 
-    def _tell(self, *what: Any) -> list[Span]:
+    def way(
+        self, source: int | None, destination: int | None
+    ) -> tuple[float, float, list[Engine]]:
+        """From one device to another, ``None`` being the host: latency in seconds, bytes a second,
+        and what a copy keeps busy."""
+        spec = self.spec
+        if source is None or destination is None:
+            one_way = self._to_host if destination is None else self._from_host
+            device = source if source is not None else destination
+            assert device is not None, "one end is a device"
+            return spec.latency, spec.host_bandwidth, [one_way[device]]
+        if self.nodes.network_joins(source, destination):
+            network, card_of = spec.network, self.nodes.card_of
+            cards = [self._card_senders[card_of(source)], self._card_receivers[card_of(destination)]]
+            return network.latency, network.bandwidth, cards
+        links = [self._senders[source], self._receivers[destination]]
+        return spec.latency, spec.link_bandwidth, links
+
+    def cores_of(self, device: int) -> Engine:
+        """What an operation keeps busy that computes."""
+        return self._cores[device]
+
+    def tell(self, *what: Any) -> list[Span]:
         """Give every listener a span of its own."""
         spans = [Span(*what) for _ in self.listeners]
         for listen, span in zip(self.listeners, spans, strict=True):

@@ -113,6 +113,16 @@ class Stream:
         """When all that is enqueued here is done: not before these seconds and these tasks."""
         return self.free_at, list(self._waits_for)
 
+    def go_on_after(self, seconds: float, tasks: list[Task], seen: dict[Stream, int]) -> None:
+        """Have one more operation, of several tasks: what comes next comes after all of them.
+
+        Args:
+            seen: how many operations of other streams they come after.
+        """
+        self.free_at, self._waits_for = seconds, list(tasks)
+        self.count += 1
+        self.seen = dict(seen)
+
     def check_in_use(self) -> None:
         """Raise a clear error if its GPU is not among those that are there now."""
         if not self.clock.in_use:

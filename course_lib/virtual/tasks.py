@@ -64,6 +64,20 @@ class Task:
         return end
 
 
+class Piece(Task):
+    """One of several tasks behind the same spans, which last from the first of them to the last."""
+
+    __slots__ = ()
+
+    def run(self) -> float:
+        began = [span.start if span.end else None for span in self.spans]
+        end = super().run()
+        for span, start in zip(self.spans, began, strict=True):
+            if start is not None:
+                span.start = start
+        return end
+
+
 class Tasks:
     """All operations of one machine whose times are not known."""
 
