@@ -30,7 +30,7 @@ def mean(size: int) -> None:
 
 
 def reduce_scatter(size: int) -> None:
-    dist.reduce_scatter_tensor(numbers(size), numbers(size * dist.get_world_size()))
+    dist.reduce_scatter_single(numbers(size), numbers(size * dist.get_world_size()))
 
 
 def mean_of_parts(size: int) -> None:
@@ -39,12 +39,12 @@ def mean_of_parts(size: int) -> None:
 
 
 def all_gather(size: int) -> None:
-    dist.all_gather_into_tensor(numbers(size * dist.get_world_size()), numbers(size))
+    dist.all_gather_single(numbers(size * dist.get_world_size()), numbers(size))
 
 
 def all_gather_in_place(size: int) -> None:
     whole, rank = numbers(size * dist.get_world_size()), dist.get_rank()
-    dist.all_gather_into_tensor(whole, whole[rank * size : (rank + 1) * size])
+    dist.all_gather_single(whole, whole[rank * size : (rank + 1) * size])
 
 
 def all_gather_of_many_sizes(size: int) -> None:
@@ -141,7 +141,7 @@ def busy(backing: str) -> course_lib.Trace:
         one = dist.all_reduce(y, async_op=True)
         for _ in range(40):
             x @ x
-        other = dist.reduce_scatter_tensor(
+        other = dist.reduce_scatter_single(
             numbers(1000), z, group=pairs[rank // 2], async_op=True
         )
         for _ in range(5):
@@ -174,7 +174,7 @@ def test_it_is_one_span_a_rank():
     def work() -> None:
         dist.init_process_group()
         dist.all_reduce(numbers(1000))
-        dist.reduce_scatter_tensor(numbers(10), numbers(80))
+        dist.reduce_scatter_single(numbers(10), numbers(80))
 
     trace = traced(work, "meta", 8)
     assert [span.route for span in trace.spans] == 2 * [

@@ -138,7 +138,12 @@ class DeviceGenerator(torch._C.Generator):
         return self
 
     def clone_state(self) -> torch.Generator:
-        return _with_state(self.device, self.get_state())
+        if not self._is_twister:
+            return _with_state(self.device, self.get_state())
+        clone: Any = torch.Generator(self.device)
+        clone.set_full_state(self.full_state())  # and nobody need look for its place
+        clone._words, clone._places = self._words, self._places.copy()
+        return clone
 
     def __reduce__(self) -> tuple:
         return _with_state, (self.device, self.get_state())
