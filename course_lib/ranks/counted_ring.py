@@ -65,8 +65,8 @@ class CountedRing(Ring):
 
     @contextmanager
     def turning(self) -> Iterator[None]:
-        self._sending = [_Queue(*stream.end()) for stream in self._streams]
-        self._receiving = [_Queue(*stream.end()) for stream in self._streams]
+        self._sending = [_Queue((stream, "sends"), *stream.end()) for stream in self._streams]
+        self._receiving = [_Queue((stream, "receives"), *stream.end()) for stream in self._streams]
         yield
         known: dict[Stream, int] = {}
         for stream in self._streams:
@@ -231,10 +231,10 @@ def _add(into: StandIn, other: StandIn) -> StandIn:
 class _Queue:
     """A stream, as far as a ring needs one: when its next task can start, and after which."""
 
-    __slots__ = ("ready", "tasks")
+    __slots__ = ("lane", "ready", "tasks")
 
-    def __init__(self, ready: float, tasks: list[Task]) -> None:
-        self.ready, self.tasks = ready, tasks
+    def __init__(self, lane: object, ready: float, tasks: list[Task]) -> None:
+        self.lane, self.ready, self.tasks = lane, ready, tasks
 
     def follow(self, other: _Queue) -> None:
         """Let what comes next here come after all that is in ``other``."""
@@ -250,6 +250,7 @@ class _Queue:
             task.ready = self.ready
         for earlier in self.tasks:
             task.wait_for(earlier)
+        task.lane = self.lane
         self.tasks = [task]
         machine.clock.tasks.add(task)
 

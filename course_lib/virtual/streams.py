@@ -58,7 +58,8 @@ class Stream:
         self.free_at = 0.0
         self.count = 0
         self.seen: dict[Stream, int] = {}
-        self._waits_for: list[Task] = []  # the next operation does, and when they end is not known
+        # What the next operation waits for and when it ends is not known: of each lane the last.
+        self._waits_for: dict[object, Task] = {}
         self._outer: list[tuple[int, Stream]] = []
 
     @property
@@ -68,14 +69,16 @@ class Stream:
     def put(self, task: Task) -> None:
         """Enqueue ``task``: it comes after all that is here, and all that comes next after it."""
         task.ready = max(task.ready, self.free_at)
-        for earlier in self._waits_for:
+        for earlier in self._waits_for.values():
             task.wait_for(earlier)
-        self._waits_for = [task]
+        if task.lane is None:  # a copy is in two streams
+            task.lane = self
+        self._waits_for = {task.lane: task}
 
     def settle(self) -> None:
         """Find out when all that is enqueued here is done."""
-        self.free_at = max(self.free_at, self.clock.tasks.end_of(self._waits_for))
-        self._waits_for = []
+        self.free_at = max(self.free_at, self.clock.tasks.end_of(self._tasks()))
+        self._waits_for = {}
 
     def wait_stream(self, other: Stream) -> None:
         """Let what is enqueued here from now on start after all that is on ``other`` now."""
@@ -111,7 +114,7 @@ class Stream:
 
     def end(self) -> tuple[float, list[Task]]:
         """When all that is enqueued here is done: not before these seconds and these tasks."""
-        return self.free_at, list(self._waits_for)
+        return self.free_at, self._tasks()
 
     def go_on_after(self, seconds: float, tasks: list[Task], seen: dict[Stream, int]) -> None:
         """Have one more operation, of several tasks: what comes next comes after all of them.
@@ -119,7 +122,8 @@ class Stream:
         Args:
             seen: how many operations of other streams they come after.
         """
-        self.free_at, self._waits_for = seconds, list(tasks)
+        self.free_at, self._waits_for = seconds, {}
+        self._wait_for(tasks)
         self.count += 1
         self.seen = dict(seen)
 
@@ -133,15 +137,25 @@ class Stream:
                 f"Make a new one with course_lib.stream('{DEVICE_TYPE}:{self.device_index}')."
             )
 
+    def _wait_for(self, tasks: list[Task]) -> None:
+        """Let the next operation wait for these too: of each lane, the last one stands for all."""
+        for task in tasks:
+            known = self._waits_for.get(task.lane)
+            if known is None or known.number < task.number:
+                self._waits_for[task.lane] = task
+
+    def _tasks(self) -> list[Task]:
+        return list(self._waits_for.values())
+
     def _now(self) -> Moment:
         self.check_in_use()
-        return Moment(self, self.free_at, list(self._waits_for), self.count, dict(self.seen))
+        return Moment(self, self.free_at, self._tasks(), self.count, dict(self.seen))
 
     def _come_after(self, moment: Moment) -> None:
         self.check_in_use()
         moment.stream.check_in_use()
         self.free_at = max(self.free_at, moment.seconds)
-        self._waits_for += [task for task in moment.tasks if task not in self._waits_for]
+        self._wait_for(moment.tasks)
         remember(self.seen, moment.stream, moment.count, moment.seen)
 
     def __enter__(self) -> Stream:

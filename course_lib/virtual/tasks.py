@@ -22,6 +22,9 @@ class Engine:
         self.free_at = 0.0
 
 
+_numbers = count()
+
+
 class Task:
     """An operation whose times are not known yet.
 
@@ -34,9 +37,21 @@ class Task:
         followers: the operations that wait for it.
         spans: what its times are to be noted in when they are known.
         end: when it is done; ``None`` until that is known.
+        lane: the queue that it is in. Of two tasks in one, the later waits for the earlier.
+        number: tells which of two is the later one.
     """
 
-    __slots__ = ("end", "engines", "followers", "missing", "ready", "seconds", "spans")
+    __slots__ = (
+        "end",
+        "engines",
+        "followers",
+        "lane",
+        "missing",
+        "number",
+        "ready",
+        "seconds",
+        "spans",
+    )
 
     def __init__(
         self, seconds: float, engines: list[Engine], ready: float, spans: list[Span]
@@ -45,6 +60,8 @@ class Task:
         self.missing = 0
         self.followers: list[Task] = []
         self.end: float | None = None
+        self.lane: object = None
+        self.number = next(_numbers)
 
     def wait_for(self, other: Task) -> None:
         if other.end is None:
