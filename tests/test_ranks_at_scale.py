@@ -1,8 +1,11 @@
-"""Ranks on GPUs without numbers: what a ring of real copies sends, holds and takes, many at once."""
+"""Ranks on GPUs without numbers: what a ring of real copies sends, holds and takes."""
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +17,20 @@ from course_lib import ranks
 from course_lib.parallel.all_reduce_costs import ring_seconds
 
 SPEC = course_lib.CLASSROOM
+SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "llama_8b_on_paper.py"
 Work = Callable[[], Any]
+
+
+def imported(path: Path) -> Any:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+llama = imported(SCRIPT)
 
 
 def numbers(size: int) -> torch.Tensor:
@@ -141,9 +157,7 @@ def busy(backing: str) -> course_lib.Trace:
         one = dist.all_reduce(y, async_op=True)
         for _ in range(40):
             x @ x
-        other = dist.reduce_scatter_single(
-            numbers(1000), z, group=pairs[rank // 2], async_op=True
-        )
+        other = dist.reduce_scatter_single(numbers(1000), z, group=pairs[rank // 2], async_op=True)
         for _ in range(5):
             x @ x
         one.wait()
@@ -177,9 +191,7 @@ def test_it_is_one_span_a_rank():
         dist.reduce_scatter_single(numbers(10), numbers(80))
 
     trace = traced(work, "meta", 8)
-    assert [span.route for span in trace.spans] == 2 * [
-        (rank, (rank + 1) % 8) for rank in range(8)
-    ]
+    assert [span.route for span in trace.spans] == 2 * [(rank, (rank + 1) % 8) for rank in range(8)]
     assert {span.streams for span in trace.spans} == {("all ranks", "all ranks")}
 
 
@@ -204,7 +216,7 @@ def test_a_gpu_without_room_for_a_chunk_says_so():
         dist.all_reduce(numbers(1000))
 
     gpus = course_lib.devices(2, SPEC.with_(memory=5000), backing="meta")
-    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 2.00 kB"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate 2\.00 kB"):
         ranks.run(work, gpus)
 
 
@@ -221,3 +233,27 @@ def test_an_all_reduce_of_128_ranks_takes_the_seconds_of_its_formula():
         ranks.run(work, gpus)
     assert trace.seconds == pytest.approx(ring_seconds(spec, 16, 8, 4 * size), rel=1e-9)
     assert trace.bytes_between_devices == 2 * 127 * 4 * size
+
+
+def fsdp_of_a_small_llama(recomputation: str) -> tuple[float, int]:
+    """Seconds and peak of two blocks of the model that ``examples/`` trains at its real size."""
+    sizes = llama.Sizes(2, 64, 4, 2, 128, 256, sequence=32)
+    result = llama.run(sizes, SPEC, recomputation)
+    return result.seconds, result.peak_bytes
+
+
+def test_recomputing_all_takes_longer_and_holds_less_than_recomputing_half():
+    seconds, peak = fsdp_of_a_small_llama("full")
+    less_seconds, more_peak = fsdp_of_a_small_llama("selective")
+    assert seconds > less_seconds
+    assert peak < more_peak
+
+
+def test_it_is_the_model_of_8_billion_parameters():
+    with torch.device("meta"):
+        model = llama.Llama(llama.Sizes(), None)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 8_030_261_248
+
+
+def test_it_stands_beside_what_was_published():
+    assert llama.published() == {"tokens": 5762.0, "GiB": 82.4}

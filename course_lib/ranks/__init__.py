@@ -27,6 +27,7 @@ How virtual ranks work, in the order to read it:
 * ``reductions``      sums, means, maxima, as a ring needs them;
 * ``calls``           what each collective does, on the ring of ``course_lib.parallel.ring``;
 * ``host_ring``       the same for tensors on the CPU;
+* ``counted_ring``    the same for GPUs without numbers: bytes, memory and seconds alone;
 * ``meetings``        a collective happens when its last rank comes, from the moments of all;
 * ``point_to_point``  sending and receiving;
 * ``works``           what ``async_op=True`` returns, and what waits for what;
@@ -49,6 +50,12 @@ and ends in the program's own line.
 What is modelled: a collective is one launch for each host, takes the bytes and the time of a ring,
 on streams of its group, beside whatever the GPUs compute; ``wait`` makes the current stream wait
 and not the host, as with NCCL; a barrier makes the hosts wait.
+
+With numbers, every copy of a ring is made, and a recording shows each: that is for up to 16 ranks.
+Without (``backing="meta"``) nothing is copied, and a collective is one span for each link that it
+uses, one a rank in a ring, with the same bytes, peaks and seconds. So 128 ranks are few enough: an
+all-reduce takes about a second of a laptop's time. ``examples/llama_8b_on_paper.py`` is FSDP2 of a
+model of 8 billion parameters on eight H100s.
 
 In what virtual ranks differ from processes:
 
@@ -85,7 +92,7 @@ inside of a rank, GPUs that are shared, receiving from any source, ``split_group
 of its buckets, and with ``mixed_precision``, ``async_save`` of ``torch.distributed.checkpoint``,
 ``torch.distributed.rpc``, ``torch.multiprocessing.spawn``, ``torch.compile``, symmetric memory.
 PyTorch's ``quantization_pertensor_hook`` and ``batched_powerSGD_hook`` failed here, in an error of
-their own; its other hooks run. Not tried: more than eight ranks.
+their own; its other hooks run.
 
 Scripts that others wrote and that ran here are in ``TRIED.md`` beside this file.
 

@@ -150,9 +150,7 @@ class Clock:
             streams[0].synchronize()
         return (streams[0], streams[0].count, "copy")
 
-    def way(
-        self, source: int | None, destination: int | None
-    ) -> tuple[float, float, list[Engine]]:
+    def way(self, source: int | None, destination: int | None) -> tuple[float, float, list[Engine]]:
         """From one device to another, ``None`` being the host: latency in seconds, bytes a second,
         and what a copy keeps busy."""
         spec = self.spec
@@ -162,9 +160,9 @@ class Clock:
             assert device is not None, "one end is a device"
             return spec.latency, spec.host_bandwidth, [one_way[device]]
         if self.nodes.network_joins(source, destination):
-            network, card_of = spec.network, self.nodes.card_of
-            cards = [self._card_senders[card_of(source)], self._card_receivers[card_of(destination)]]
-            return network.latency, network.bandwidth, cards
+            sender, receiver = self.nodes.card_of(source), self.nodes.card_of(destination)
+            cards = [self._card_senders[sender], self._card_receivers[receiver]]
+            return spec.network.latency, spec.network.bandwidth, cards
         links = [self._senders[source], self._receivers[destination]]
         return spec.latency, spec.link_bandwidth, links
 
