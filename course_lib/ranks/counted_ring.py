@@ -77,9 +77,7 @@ class CountedRing(Ring):
             send.follow(receive)
             stream.go_on_after(send.ready, send.tasks, known)
 
-    def between(  # type: ignore[override]  # the other is a generator's, which costs more
-        self, rank: int, following: int
-    ) -> AbstractContextManager[None]:
+    def between(self, rank: int, following: int) -> AbstractContextManager[None]:
         return _ONE_BY_ONE
 
     def on(self, rank: int) -> AbstractContextManager[None]:
