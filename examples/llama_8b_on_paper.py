@@ -156,7 +156,7 @@ def train(sizes: Sizes, keep: Callable | None, steps: int = 2) -> Result:
         fully_shard(block, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
     model.to_empty(device="vgpu")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
     tokens_BT = torch.empty(sizes.batch, sizes.sequence, dtype=torch.int64, device="vgpu")
     gpu: Any = torch.get_device_module("vgpu")
     moments = [gpu.Event(enable_timing=True) for _ in range(steps + 1)]

@@ -20,6 +20,7 @@ How it works, in the order to read it:
 * ``tensor``   the tensor: numbers inside, a device's rules around them;
 * ``arguments``  the tensors among an operator's arguments, and whether they may come together;
 * ``execution``  unwrap, check, run on the backing device, wrap, account;
+* ``known_forms``  what an operator answered before, where there are no numbers;
 * ``copies``   to and from the device, and the reads that make the host wait;
 * ``special_operators``  indices, dropout and others that do more than compute;
 * ``random_states``  a generator whose state is CUDA's, a seed and an offset;

@@ -21,6 +21,7 @@ from course_lib.virtual.arguments import (
     written_in_place,
 )
 from course_lib.virtual.generators import device_generator
+from course_lib.virtual.known_forms import run_without_numbers
 from course_lib.virtual.machine import machine
 from course_lib.virtual.memory import Allocation, Memory
 from course_lib.virtual.operators import Operator, runs_all_others
@@ -67,6 +68,8 @@ def execute(operator: Operator, args: tuple, kwargs: dict) -> Any:
         if operator.is_random and inner_kwargs.get("generator") is None:
             with device_generator(memory.index):
                 out = operator.run(*inner_args, **inner_kwargs)
+        elif machine.has_no_numbers:
+            out = run_without_numbers(operator, inner_args, inner_kwargs)
         elif kwargs:
             out = operator.run(*inner_args, **inner_kwargs)
         else:  # the same in less time

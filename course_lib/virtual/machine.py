@@ -26,6 +26,7 @@ class State:
         spec: what each of its GPUs can do.
         device_count: how many there are.
         backing: where their numbers are.
+        has_no_numbers: whether they are nowhere.
         memories: one a device; devices that are gone keep theirs, for the tensors still there.
         generators: one a device, of random numbers.
         clock: the time, the streams, and who listens.
@@ -34,6 +35,7 @@ class State:
     def __init__(self, spec: Spec, device_count: int, backing: str = "cpu", nodes: int = 1) -> None:
         self.number = next(_numbers)
         self.backing = torch.device(backing)
+        self.has_no_numbers = self.backing.type == "meta"
         self.memories: list[Memory] = []
         self.generators: list[DeviceGenerator] = []
         self.clock = Clock(spec, 0, Nodes.of(0, 1, spec.network))
