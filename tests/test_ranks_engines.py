@@ -75,8 +75,11 @@ def on_one_gpu(model: nn.Module) -> list[Tensor]:
 
 
 def whole(model: nn.Module) -> list[Tensor]:
-    parameters = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
-    return [parameter.detach().cpu() for parameter in parameters]
+    """All parameters on the host; on a GPU no more than one of them is whole at a time."""
+    return [
+        (p.full_tensor() if isinstance(p, DTensor) else p).detach().cpu()
+        for p in model.parameters()
+    ]
 
 
 def shard_of(batch: Tensor, rank: int, count: int = N) -> Tensor:
@@ -632,46 +635,9 @@ def ddp_on_all() -> list[Tensor]:
     return whole(model)
 
 
-def fsdp_on_all() -> list[Tensor]:
-    dist.init_process_group()
-    model = shard_all(gpt())
-    train(model, dist.get_rank(), dist.get_world_size())
-    return whole(model)
-
-
-@pytest.mark.parametrize("work", [ddp_on_all, fsdp_on_all])
-def test_engines_on_eight_ranks_equal_one_gpu(work):
+def test_ddp_on_eight_ranks_equals_one_gpu():
+    """What all engines cost there is in ``test_ranks_on_eight``."""
     gpus = course_lib.devices(8)
     expected = on_one_gpu(gpt())
-    for parameters in ranks.run(work, gpus):
+    for parameters in ranks.run(ddp_on_all, gpus):
         assert_equal(parameters, expected)
-
-
-def pipeline_of_shards_of_columns() -> tuple[int, list[Tensor]]:
-    dist.init_process_group()
-    mesh = init_device_mesh("vgpu", (2, 2, 2), mesh_dim_names=("pipe", "data", "tensor"))
-    number, part = mesh.get_local_rank("pipe"), mesh.get_local_rank("data")
-    layers = list(splittable().to("vgpu"))[2 * number : 2 * number + 2]
-    block = layers[1 - number]
-    parallelize_module(block, mesh["tensor"], TENSOR_PLAN)
-    fully_shard(block, mesh=mesh["data"])
-    module = fully_shard(nn.Sequential(*layers), mesh=mesh["data"])
-    own = torch.device("vgpu", dist.get_rank())
-    stage = PipelineStage(module, number, 2, own, group=mesh.get_group("pipe"))
-    schedule, optimizer = Schedule1F1B(stage, 2, loss_fn=next_token_loss), sgd(module.parameters())
-    for x, y in batches():
-        optimizer.zero_grad()
-        given = [shard_of(x, part, 2)] if number == 0 else []
-        target = {"target": shard_of(y, part, 2)} if number == 1 else {}
-        schedule.step(*given, **target)
-        optimizer.step()
-    return number, whole(module)
-
-
-def test_a_mesh_of_pipeline_data_and_tensor_equals_one_gpu():
-    gpus = course_lib.devices(8)
-    expected = on_one_gpu(splittable())
-    returned = ranks.run(pipeline_of_shards_of_columns, gpus)
-    assert [number for number, _ in returned] == [0] * 4 + [1] * 4
-    for (_, begin), (_, end) in zip(returned[:4], returned[4:], strict=True):
-        assert_equal(begin + end, expected)
