@@ -174,7 +174,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    echo "Python 3.11 to 3.13 is needed. If you have one: make PYTHON=python3.13 ..." >&2; exit 1; }; \
 	  echo "Making a virtual environment in $(VENV) ..."; $(PYTHON) -m venv $(VENV); }
 	@echo "Installing PyTorch (minutes, the first time) ..."
-	@$(PIP) install -q -c constraints.txt torch
-	@echo "Installing everything else ..."
+	@$(PIP) install -c constraints.txt torch
+	@echo "Installing everything else (one or two minutes, silently) ..."
 	@$(PIP) install -q -c constraints.txt -e ".[lab,test]"
 	@touch $(STAMP)

@@ -7,7 +7,7 @@ less motion sees it whole from the start.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from drawing import SOFT, Picture, save
@@ -27,34 +27,31 @@ LEFT, RIGHT = 84, 876
 ROW, PANEL, TOP = 26, 166, 16
 SECONDS = 6  # of the animation, for one step
 
-Backward = Callable[[], object]
+SPEC = course_lib.CLASSROOM.with_(launch_overhead=0.0)  # as in lesson 03
+BUCKET = 300_000  # bytes
+
 Stretch = tuple[float, float]
 
 
-def after_backward(replicas: Sequence[nn.Module], backward: Backward) -> None:
-    backward()
+def sum_gradients(replicas: Sequence[nn.Module]) -> None:
     for parameters in zip(*(replica.parameters() for replica in replicas), strict=True):
         ring_all_reduce([parameter.grad for parameter in parameters])
 
 
-def during_backward(replicas: Sequence[nn.Module], backward: Backward) -> None:
-    buckets = GradientBuckets(replicas, 100_000)
-    backward()
-    buckets.finish()
-
-
-def recorded(way: Callable[[Sequence[nn.Module], Backward], None]) -> course_lib.Trace:
-    """One step of a small GPT, without the optimizer."""
+def recorded(bucket_bytes: int | None = None) -> course_lib.Trace:
+    """One step of a small GPT, without the optimizer; in buckets of so many bytes, if any."""
     corpus = text()
     x, y = corpus.batch(size=16, length=64, seed=0)
-    with fresh_devices(N, course_lib.CLASSROOM) as gpus:
+    with fresh_devices(N, SPEC) as gpus:
         torch.manual_seed(0)
         gpt = GPT(len(corpus.vocabulary), context=64, width=64, heads=4, depth=6, tied=False)
         replicas = replicate(gpt, gpus)
         shards: list[Sequence[Tensor]] = [split_batch(x, gpus), split_batch(y, gpus)]
+        buckets = GradientBuckets(replicas, bucket_bytes) if bucket_bytes else None
         course_lib.synchronize()
         with course_lib.trace(strict=True) as t:
-            way(replicas, lambda: backward_on_shards(replicas, *shards, next_token_loss))
+            backward_on_shards(replicas, *shards, next_token_loss)
+            buckets.finish() if buckets else sum_gradients(replicas)
     return t
 
 
@@ -73,7 +70,7 @@ def stretches(t: course_lib.Trace, gpu: int, sends: bool, shortest: float) -> li
 
 
 def draw() -> str:
-    after, during = recorded(after_backward), recorded(during_backward)
+    after, during = recorded(), recorded(BUCKET)
     height = TOP + 2 * PANEL + 30
     picture = Picture(
         height,
@@ -109,7 +106,7 @@ def draw_panel(picture: Picture, top: float, t: course_lib.Trace, scale: float) 
 
 
 def draw_key(picture: Picture, y: float) -> None:
-    for x, colour, words in ((LEFT, BLUE, "computes"), (LEFT + 110, ORANGE, "sends to the next")):
+    for x, colour, words in ((LEFT, BLUE, "computes"), (LEFT + 110, ORANGE, "sends gradients")):
         picture.rect(x, y - 5, 22, 10, colour, radius=0)
         picture.text(x + 30, y, words, 14, "start", colour=SOFT)
     words = "one step of a small GPT, recorded on virtual GPUs; times are simulated"

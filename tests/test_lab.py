@@ -1,5 +1,6 @@
 """Working copies: without outputs, the reader's own, and never overwritten without a word."""
 
+import json
 import os
 from pathlib import Path
 
@@ -89,6 +90,7 @@ def test_one_thread_computes_unless_the_reader_asks_for_more(asked, given, monke
     monkeypatch.setenv("OMP_NUM_THREADS", asked or "")
     if asked is None:
         monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", "")
     lab._open_jupyterlab(["--no-browser"])
     monkeypatch.setenv("OMP_NUM_THREADS", given)
     ((threads, flags),) = seen
@@ -96,8 +98,25 @@ def test_one_thread_computes_unless_the_reader_asks_for_more(asked, given, monke
     assert "--LabApp.default_url=/lab/tree/00_meet_your_gpus.ipynb" in flags
 
 
+def test_the_courses_settings_are_read_before_the_readers_own(monkeypatch, copies) -> None:
+    monkeypatch.setattr(lab, "COPIES", copies)
+    monkeypatch.setattr("jupyterlab.labapp.main", lambda flags: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", "theirs")
+    lab._open_jupyterlab([])
+    ours, theirs = os.environ["JUPYTER_CONFIG_PATH"].split(os.pathsep)
+    assert theirs == "theirs"
+    assert (Path(ours) / "jupyter_server_config.py").exists()
+    overrides = Path(ours) / "labconfig" / "default_setting_overrides.json"
+    settings = json.loads(overrides.read_text(encoding="utf-8"))
+    (notification,) = settings.values()
+    assert notification == {"checkForUpdates": False, "fetchNews": "false"}
+
+
 def test_a_saved_explorer_is_its_picture() -> None:
-    source = (lab.ROOT / "tools" / "jupyter_server_config.py").read_text(encoding="utf-8")
+    source = (lab.ROOT / "tools" / "jupyter" / "jupyter_server_config.py").read_text(
+        encoding="utf-8"
+    )
 
     class Config:
         class ContentsManager:

@@ -1,6 +1,9 @@
 """The README says what is there: each lesson with its minutes, and links that lead somewhere."""
 
 import re
+import shlex
+import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -25,6 +28,29 @@ def test_each_local_link_leads_to_a_file() -> None:
     assert targets
     for target in targets:
         assert (ROOT / target).exists(), target
+
+
+# Those that need nothing but a clone: of the others, the script is the reader's own.
+COMMANDS = [
+    line
+    for line in README.splitlines()
+    if line.startswith("python -m course_lib") and "train.py --epochs" not in line
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_of_the_package_runs(command: str, tmp_path) -> None:
+    words = shlex.split(command)[1:]
+    if "examples/train_gpt.py" in words:  # two steps are enough to see that it starts
+        words += ["--steps", "2", "--checkpoints", str(tmp_path)]
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True, timeout=300)
+
+
+def test_no_command_stands_before_a_comment() -> None:
+    """A shell may take it for an argument."""
+    fences = re.findall(r"```\n(.*?)```", README, re.DOTALL)
+    commands = [line for fence in fences for line in fence.splitlines()]
+    assert [line for line in commands if " #" in line] == []
 
 
 GLOSSARY = ROOT / "docs" / "glossary.md"

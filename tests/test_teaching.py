@@ -35,6 +35,23 @@ def headings(lesson: str) -> list[str]:
     return re.findall(r"^##+ (.+)$", text, re.MULTILINE)
 
 
+def sources(lesson: str, first: str, last: str) -> list[str]:
+    """Of the code cells from the heading ``first`` to the end of the part ``last``."""
+    found: list[str] = []
+    part, begun, rank = "", False, 9
+    for cell in nbformat.read(NOTEBOOKS / lesson, as_version=4).cells:
+        heading = re.search(r"^(##+) (.+)$", cell.source, re.MULTILINE)
+        if cell.cell_type == "markdown" and heading:
+            if part == last and begun and len(heading[1]) <= rank:
+                break
+            begun = begun or heading[2] == first
+            if part != last:
+                part, rank = heading[2], len(heading[1])
+        if begun and cell.cell_type == "code":
+            found.append(cell.source)
+    return found
+
+
 @pytest.mark.parametrize("title", PATHS)
 def test_a_path_takes_the_minutes_that_it_says(title: str) -> None:
     said = re.search(r"(\d+) minutes", title)
@@ -116,3 +133,14 @@ def cell_text(cell: nbformat.NotebookNode) -> str:
     outputs = cell.get("outputs", [])
     tables = [output.get("data", {}).get("text/markdown", "") for output in outputs]
     return "\n".join([cell.source, said(cell) if outputs else "", *tables])
+
+
+@pytest.mark.parametrize("title, what, first, last, how", ROWS)
+def test_a_row_answers_no_guess_that_the_path_did_not_ask(title, what, first, last, how) -> None:
+    """A cell that prints a guess beside its result stops where nobody was asked for one."""
+    (lesson,) = re.findall(r"notebooks/(\S+\.ipynb)\)", what)
+    rows = [row[2:4] for row in ROWS if row[:2] == (title, what)]
+    run = [source for row in rows for source in sources(lesson, *row)]
+    asked = re.findall(r"^(guess_\w+) *=", "\n".join(run), re.MULTILINE)
+    shown = re.findall(r"\bguess_\w+", "\n".join(sources(lesson, first, last)))
+    assert set(shown) <= set(asked)

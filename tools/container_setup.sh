@@ -10,7 +10,7 @@ python="$(command -v python)"
 "$python" -m uv pip install --quiet --no-cache --compile-bytecode --python "$python" \
   --torch-backend="${TORCH_BACKEND:-cpu}" -c constraints.txt -e ".[lab]" "$@"
 "$python" -m compileall -q course_lib
-# Saved explorers keep their picture, whatever starts JupyterLab.
+# Saved explorers keep their picture, and nobody is asked about news, whatever starts JupyterLab.
 settings="$("$python" -c 'import sys; print(sys.prefix)')/etc/jupyter"
 mkdir -p "$settings"
-cp tools/jupyter_server_config.py "$settings/"
+cp -r tools/jupyter/. "$settings/"

@@ -38,14 +38,17 @@ def server() -> Iterator[str]:
     nbformat.write(lab.without_outputs(lab.NOTEBOOKS / LESSON.name), LESSON)
     flags = [
         f"--ServerApp.root_dir={lab.ROOT}",
-        f"--config={lab.ROOT / 'tools' / 'jupyter_server_config.py'}",
         "--no-browser", "--allow-root", "--IdentityProvider.token=", "--ServerApp.port=0",
     ]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "jupyterlab", *flags],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "COURSE_DEVICES": "virtual"},
+        env={
+            **os.environ,
+            "COURSE_DEVICES": "virtual",
+            "JUPYTER_CONFIG_PATH": str(lab.ROOT / "tools" / "jupyter"),
+        },
     )
     assert process.stderr is not None
     for line in process.stderr:
