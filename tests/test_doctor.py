@@ -287,6 +287,51 @@ def test_nan_is_named():
     assert "not a number" in examine(prepare_with(spoil)).findings[0].reading
 
 
+def returning(what: Callable[[list[float]], object]):
+    """A step that is right, and returns ``what`` of its ranks' parts of the loss."""
+
+    def prepare(model, gpus):
+        replicas = replicate(model, gpus)
+        optimizers = [sgd(replica.parameters()) for replica in replicas]
+
+        def step(x: Tensor, y: Tensor) -> object:
+            xs, ys = split_batch(x, gpus), split_batch(y, gpus)
+            losses = train_step(replicas, optimizers, xs, ys, F.cross_entropy)
+            return what([loss.item() for loss in losses])
+
+        return replicas, step
+
+    return prepare
+
+
+@pytest.mark.parametrize("what", [sum, list, tuple, lambda losses: torch.tensor(sum(losses))])
+def test_a_loss_that_is_one_devices_is_healthy(what):
+    report = examine(returning(what))
+    assert report.is_healthy and len(report.losses) == 2
+
+
+def test_a_loss_that_one_device_does_not_have_is_a_finding():
+    (finding,) = examine(returning(lambda losses: N * sum(losses))).findings
+    assert (finding.step, finding.instrument) == (1, "against one device")
+    assert finding.reading.startswith("the step returned a loss of ")
+    assert finding.reading.endswith(": 3x")
+
+
+def test_the_first_step_with_another_loss_is_named():
+    steps = iter((1.0, 1.1))
+    (finding,) = examine(returning(lambda losses: next(steps) * sum(losses))).findings
+    assert finding.step == 2 and finding.reading.endswith(": 1.1x")
+
+
+def test_the_rank_whose_loss_is_no_number_is_named():
+    (finding,) = examine(returning(lambda losses: [*losses[:2], float("nan")])).findings
+    assert finding.reading.startswith("the loss of rank 2 is nan, and one device's ")
+
+
+def test_what_a_step_returns_that_is_no_loss_is_passed_over():
+    assert examine(returning(lambda losses: ("done", sum(losses)))).is_healthy
+
+
 def test_bad_input_is_refused_in_one_line():
     gpus = course_lib.devices(N)
     with pytest.raises(ValueError, match="there are no batches to train on"):

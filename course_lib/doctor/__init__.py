@@ -115,7 +115,8 @@ def examine(
             device draws others than yours, and no parameters are compared with its: take dropout
             out for that.
         prepare: makes of a model and devices the replicas, and a function that trains them on a
-            batch. A model that is spread over the devices is one replica.
+            batch. A model that is spread over the devices is one replica. A number that the step
+            returns is compared with one device's mean loss; several, a list, are its parts.
         batches: pairs of inputs and targets, on the host; your step is given copies. Four are
             enough for most, and what grows in memory is not seen in fewer.
         loss_function: the mean loss, as one device would use it on the whole batch.

@@ -7,6 +7,7 @@ all devices) or the waits; and the other way round.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import combinations, pairwise
 
@@ -42,7 +43,7 @@ def replicas_agree(run: Run) -> str | None:
 
 
 def as_on_one_device(run: Run) -> str | None:
-    """Whether the first replica has the parameters that one device has."""
+    """Whether the first replica has the parameters that one device has, and the step its loss."""
     if run.now.alone is None:
         return None
     here, right = run.now.replicas[0].parameters, run.now.alone.parameters
@@ -51,7 +52,7 @@ def as_on_one_device(run: Run) -> str | None:
         name: off for name, off in wrong.items() if off > TOLERANCE and not _is_rounding(run, name)
     }
     if not wrong:
-        return None
+        return _loss(run)
     name, off = next(iter(wrong.items()))
     worst = max(wrong, key=lambda name: wrong[name])
     also = f"; the worst {worst}: {_in_words(wrong[worst])}" if worst != name else ""
@@ -191,6 +192,22 @@ INSTRUMENTS: dict[str, Instrument] = {
     "memory": memory,
     "timeline": timeline,
 }
+
+
+def _loss(run: Run) -> str | None:
+    """What is wrong with the loss that the step returned, if it returned one."""
+    losses, right = run.now.losses, run.now.alone_loss
+    if not losses or right is None or not math.isfinite(right):
+        return None
+    for rank, loss in enumerate(losses if len(losses) > 1 else []):
+        if not math.isfinite(loss):
+            return f"the loss of rank {rank} is {loss}, and one device's {right:.4g}"
+    here = sum(losses)
+    if math.isfinite(here) and abs(here - right) <= TOLERANCE * max(abs(right), NOTHING):
+        return None
+    parts = f", in {len(losses)} parts," if len(losses) > 1 else ""
+    times = f": {here / right:.3g}x" if right and math.isfinite(here) else ""
+    return f"the step returned a loss of {here:.4g}{parts} and one device's is {right:.4g}{times}"
 
 
 def _dropped_alike(x: Tensor, y: Tensor, other_x: Tensor, other_y: Tensor) -> bool:

@@ -58,7 +58,9 @@ class Moment:
         inputs: what each replica was given, in the order of its calls, on the host.
         masks: for each replica, for each call of a dropout, where numbers came in and where they
             went out: two tensors of truth values.
-        loss: the number that your step returned, if it returned one.
+        losses: the numbers that your step returned: one, or one a rank, or none. Several are parts
+            of the mean, which add up to it.
+        alone_loss: what one device's step returned, or ``None`` as with ``alone``.
     """
 
     replicas: list[State]
@@ -67,7 +69,13 @@ class Moment:
     recording: Trace
     inputs: list[list[Tensor]]
     masks: Pairs
-    loss: float | None
+    losses: list[float]
+    alone_loss: float | None
+
+    @property
+    def loss(self) -> float | None:
+        """The loss that your step returned, if it returned one."""
+        return sum(self.losses) if self.losses else None
 
 
 @dataclass
@@ -109,8 +117,7 @@ def watch(
     for x, y in batches:
         with _listening(replicas) as (inputs, outputs), trace() as recording:
             returned = step(x.clone(), y.clone())  # what it does to them is not for the other
-        if alone is not None:
-            alone.step(x, y)
+        right = _numbers(alone.step(x, y)) if alone is not None else []
         masks = [[(x.cpu() != 0, y.cpu() != 0) for x, y in pairs] for pairs in outputs]
         run.moments.append(
             Moment(
@@ -120,7 +127,8 @@ def watch(
                 recording,
                 [[each.detach().cpu() for each in given] for given in inputs],
                 masks,
-                _number(returned),
+                _numbers(returned),
+                sum(right) if right and alone is not None and not alone.threw_dice else None,
             )
         )
         yield run
@@ -152,21 +160,24 @@ class Alone:
         self._step = make_step(self.model) if make_step else self._plain
         self._optimizer = None if make_step else make_optimizer(self.model.parameters())
 
-    def step(self, x: Tensor, y: Tensor) -> None:
-        """One step on a batch."""
+    def step(self, x: Tensor, y: Tensor) -> object:
+        """One step on a batch; returns its loss, or what a step of its own returns."""
         dice = torch.default_generator.get_state()
         with FlopCounterMode(display=False) as counter:
-            self._step(x, y)
+            loss = self._step(x, y)
         self.flops = float(counter.get_total_flops())
         if not torch.equal(torch.default_generator.get_state(), dice):
             self.threw_dice = True
             torch.default_generator.set_state(dice)  # as if it had not been here
+        return loss
 
-    def _plain(self, x: Tensor, y: Tensor) -> None:
+    def _plain(self, x: Tensor, y: Tensor) -> Tensor:
         assert self._optimizer is not None
         self._optimizer.zero_grad()
-        self._loss_function(self.model(x), y).backward()
+        loss = self._loss_function(self.model(x), y)
+        loss.backward()
         self._optimizer.step()
+        return loss
 
 
 @contextmanager
@@ -191,6 +202,13 @@ def _listening(replicas: Sequence[nn.Module]) -> Iterator[tuple[list[list[Tensor
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _numbers(returned: object) -> list[float]:
+    """The losses in what a step returned; none, if there is anything else in it."""
+    several = returned if isinstance(returned, list | tuple) else [returned]
+    found = [_number(each) for each in several]
+    return [] if None in found else [each for each in found if each is not None]
 
 
 def _number(returned: object) -> float | None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from course_lib.doctor import INSTRUMENTS, Report
 from course_lib.doctor.watching import Prepare, Step
 from course_lib.exercises.broken.cases import CASES
+from course_lib.exercises.broken.named import with_names
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
 from course_lib.parallel.collectives import all_reduce_bytes
 from course_lib.parallel.kinds import Devices
@@ -57,6 +58,8 @@ def _check(
 ) -> Callable[..., Verdict]:
     """The check of one case, with what else must be true of a program that is right.
 
+    It takes the program, and what the learner named: the line at fault, and an instrument.
+
     Args:
         conditions: asked of the report of a program in which no instrument finds anything.
         prepared: calls the program and looks at what it returns; by default, that it is a pair.
@@ -74,7 +77,11 @@ def _check(
             _facts_of_what_it_took(report),
         )
 
-    return check_program
+    def check_all(program: Prepare, line: object = None, instrument: object = None) -> Verdict:
+        text = program_text(CASES[name].program)
+        return with_names(check_program(program), name, text, line, instrument)
+
+    return check_all
 
 
 def _prepared(

@@ -6,7 +6,7 @@ waits for every hop. Bytes are those that one GPU sends.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from course_lib.planner.clusters import Cluster
 from course_lib.planner.constants import Constants
@@ -68,6 +68,13 @@ class Network:
         seconds = size / self._rate(link, bandwidth) + self._waits(int(near), int(not near))
         return Collective(name, link, count, size, seconds)
 
+    def of_states(self, layout: Layout) -> Network:
+        """The same links, as fast as they are for what replicas send of their sharded state."""
+        if layout.libraries != "2021":
+            return self
+        part = self.constants.network_part * self.constants.exchange_2021
+        return Network(self.cluster, replace(self.constants, network_part=part))
+
     def _rate(self, link: str, bandwidth: float) -> float:
         constants = self.constants
         return bandwidth * (constants.nvlink_part if link == "NVLink" else constants.network_part)
@@ -81,10 +88,13 @@ class Network:
         )
 
 
-def layer_collectives(model: Model, layout: Layout, network: Network) -> list[Collective]:
-    """What one layer sends in one forward pass of one microbatch, besides parameters.
+def layer_collectives(
+    model: Model, layout: Layout, network: Network, backward: bool = False
+) -> list[Collective]:
+    """What one layer sends in one pass of one microbatch, besides parameters.
 
-    The count is that of a forward pass. A backward pass sends as much.
+    The counts are those of a forward pass. A backward pass sends as much; but under context
+    parallelism keys and values go round once more, and their gradients as well (lesson 07).
     """
     activations = layout.tokens * model.hidden * 2.0
     found = []
@@ -94,12 +104,59 @@ def layer_collectives(model: Model, layout: Layout, network: Network) -> list[Co
     if layout.context > 1:
         width = 2 * max(model.kv_heads / layout.tensor, 1) * model.head_size
         keys = layout.tokens * layout.context * width * 2.0
-        found.append(network.ring("context", keys, layout.context, layout.tensor, 1, 1.0))
+        rounds = 2.0 if backward else 1.0
+        found.append(network.ring("context", keys, layout.context, layout.tensor, 1, rounds))
     if layout.expert > 1:
         stride = layout.tensor * layout.context
         routed = activations * model.active / (layout.tensor if layout.sequence_parallel else 1)
         found.append(network.ring("expert", routed, layout.expert, stride, 1, 2.0))
     return found
+
+
+def end_collectives(model: Model, layout: Layout, network: Network) -> list[Collective]:
+    """What embedding, head and loss send over tensor-parallel GPUs for one microbatch.
+
+    The embedding's rows are summed forward and the head's gradients backward, or scattered and
+    gathered (arXiv:1909.08053, section 3). The loss sums two numbers a token, and gathers one. In
+    a pipeline these are the last stage's, which has no embedding.
+    """
+    if layout.tensor == 1:
+        return []
+    sums = 2.0 if layout.pipeline == 1 else 1.0
+    activations, number = layout.tokens * model.hidden * 2.0, layout.tokens * 4.0
+    return [
+        network.ring("embedding and head", activations, layout.tensor, 1, 2, sums),
+        network.ring("loss", 2 * number, layout.tensor, 1, 2, 1.0),
+        network.ring("loss", number * layout.tensor, layout.tensor, 1, 1, 1.0),
+    ]
+
+
+def shared_collectives(
+    model: Model, layout: Layout, network: Network, shares: Shares
+) -> list[Collective]:
+    """What sequence parallelism sums once a step: gradients of what all its GPUs have alike.
+
+    Norms, biases of the products that end a region, learned positions: each GPU has the gradient of
+    its own tokens alone (arXiv:2205.05198, section 4.2.2).
+    """
+    if not layout.sequence_parallel:
+        return []
+    alike = (6 if model.biased else 2) * model.hidden
+    numbers = shares.layers * alike
+    if layout.pipeline == 1:
+        numbers += (model.positions + (2 if model.biased else 1)) * model.hidden
+    size = numbers * (4.0 if layout.float32_gradients else 2.0)
+    return [network.ring("shared gradients", size, layout.tensor, 1, 2, 1.0)]
+
+
+def together(collectives: list[Collective]) -> list[Collective]:
+    """The same, with those of one kind as one that is sent more often."""
+    found: dict[tuple[str, float], Collective] = {}
+    for each in collectives:
+        key = each.name, each.bytes
+        count = each.count + (found[key].count if key in found else 0.0)
+        found[key] = replace(each, count=count)
+    return list(found.values())
 
 
 def stage_sends(model: Model, layout: Layout, network: Network) -> list[Collective]:
@@ -133,21 +190,25 @@ def state_collectives(
     shards = layout.shards
     if not layout.sharded:
         return [network.ring("gradients", gradients, members, stride, 2, 1.0)]
-    found = []
+    rounds = float(layout.rounds)
+    network = network.of_states(layout)
     if layout.sharded < 3:
-        # Once a step, ZeRO-2's gradients too: as if each virtual stage took all its microbatches in
-        # a row, which it does where there are no more of them than stages.
-        found.append(network.ring("gradients", gradients, shards, stride, 1, 1.0))
-        found.append(network.ring("parameters", weights, shards, stride, 1, 1.0))
+        scatters = rounds if layout.sharded == 2 else 1.0
+        found = [
+            network.ring("gradients", gradients, shards, stride, 1, scatters),
+            network.ring("parameters", weights, shards, stride, 1, 1.0),
+        ]
     else:
-        # A unit is a layer: gathered before each of its passes, its gradients scattered after.
+        # A unit is a layer.
         units = max(shares.layers, 1)
-        passes = layout.microbatches if layout.pipeline == 1 else 1
+        passes = 2.0 if layout.pipeline == 1 else 1.0
         gather, scatter = weights / units, gradients / units
-        found.append(network.ring("parameters", gather, shards, stride, 1, 2.0 * passes * units))
-        found.append(network.ring("gradients", scatter, shards, stride, 1, 1.0 * passes * units))
+        found = [
+            network.ring("parameters", gather, shards, stride, 1, passes * rounds * units),
+            network.ring("gradients", scatter, shards, stride, 1, rounds * units),
+        ]
     copies = members // shards
     if copies > 1:
         part = gradients / shards
-        found.append(network.ring("replicas", part, copies, stride * shards, 2, 1.0))
+        found.append(network.ring("replicas", part, copies, stride * shards, 2, rounds))
     return found

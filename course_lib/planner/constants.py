@@ -51,11 +51,13 @@ class Constants:
         nvlink_hop: seconds for each of a ring's hops within a node.
         network_part: part of the network's bandwidth that a large collective reaches.
         network_hop: seconds for each of a ring's hops between nodes.
+        exchange_2021: part of that which is left for gradients and weights of a sharded state, with
+            libraries of 2021 (DeepSpeed's ZeRO-1).
         hidden: part of the overlapped communication that is hidden, where there is enough to hide
             it behind.
-        reserved: bytes of a GPU that the model's state and its activations do not explain: CUDA,
-            NCCL, workspaces.
-        fragments: memory held for activations over the bytes that they have.
+        outside: bytes of a GPU that PyTorch's allocator knows nothing of: CUDA, NCCL, workspaces.
+        fragments: memory that the allocator holds for activations and gathered weights, over the
+            bytes that these have.
     """
 
     product_a100: float
@@ -83,8 +85,9 @@ class Constants:
     nvlink_hop: float
     network_part: float
     network_hop: float
+    exchange_2021: float
     hidden: float
-    reserved: float
+    outside: float
     fragments: float
 
     def product_part(self, gpu: Spec, libraries: str) -> float:

@@ -6,7 +6,7 @@ Three kinds of work: matrix products (bound by the peak), attention's scores, an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -108,6 +108,26 @@ def linear_products(model: Model, layout: Layout) -> list[Product]:
     ]
 
 
+def products_again(model: Model, layout: Layout) -> list[Product]:
+    """The linear products of one layer that are made a second time, by the policy.
+
+    ``"alternate"`` makes every second one again: of queries, keys, values, attention's output, the
+    first two of SwiGLU's and the last one these are the keys', the output's and the second of
+    SwiGLU's (without SwiGLU the last one, of as many operations).
+    """
+    products = linear_products(model, layout)
+    if layout.recompute == "full":
+        return products
+    if layout.recompute != "alternate":
+        return []
+    keys = max(model.kv_heads / layout.tensor, 1) * model.head_size
+    return [
+        Product(layout.tokens, model.hidden, keys),
+        products[1],
+        replace(products[2], n=model.ffn / layout.tensor),
+    ]
+
+
 def score_flops(model: Model, layout: Layout) -> float:
     """Operations of one layer's scores and their products with the values, forward, unmasked."""
     width = model.heads * model.head_size / layout.tensor
@@ -165,7 +185,8 @@ class LayerTimes:
         if policy == "full":
             return forward
         if policy == "alternate":
-            return Seconds(forward.products / 2, 0.0, forward.others)
+            again = self.products(products_again(self.model, self.layout))
+            return Seconds(again, 0.0, forward.others)
         if policy == "selective":
             scores = forward.scores if self.layout.attention == "unfused" else 0.0
             return Seconds(0.0, scores, forward.others / 2)

@@ -50,7 +50,8 @@ class Layout:
             part from each GPU (arXiv:2104.04473, section 4.1), and not once from each GPU.
         overlap: gradients and shards travel while the GPU computes.
         overlap_tensor: so do a layer's activations between tensor-parallel GPUs.
-        libraries: of which year: ``"2023"``, or ``"2021"``, whose products were slower on A100s.
+        libraries: of which year: ``"2023"``, or ``"2021"``, whose products were slower on A100s and
+            whose pipelines kept more.
     """
 
     batch: int
@@ -116,6 +117,24 @@ class Layout:
         """GPUs that share one copy of the sharded state."""
         replicas = self.shard_group or self.data
         return replicas * self.context if self.sharded else 1
+
+    @property
+    def rounds(self) -> int:
+        """How often in a step gradients of ZeRO-2 and 3 are scattered, and weights of 3 gathered.
+
+        What is sharded is not kept whole from one microbatch to the next. But a stage of a pipeline
+        keeps it whole while it takes as many microbatches in a row as there are stages.
+        """
+        return -(-self.microbatches // self.pipeline)
+
+    @property
+    def keeps_outputs(self) -> bool:
+        """Whether a stage keeps what it has sent on until the backward pass.
+
+        Megatron-LM has given it back since 2022 (arXiv:2205.05198, appendix B); what came before,
+        and PyTorch's own pipelines, keep it.
+        """
+        return self.libraries == "2021" or self.kernels != "fused"
 
     def stage_layers(self, layers: int) -> int:
         """Layers of the fullest stage."""

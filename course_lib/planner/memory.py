@@ -16,6 +16,12 @@ from course_lib.planner.models import Model
 # What is gathered and what is scattered, 5e8 numbers of 16 bits each: DeepSpeed's defaults
 # (deepspeed.ai/docs/config-json, allgather_bucket_size and reduce_bucket_size).
 _BUCKETS = 2 * 5e8 * 2
+# Bytes of one logit while the loss is computed: in 16 bits, in float32, their softmax, and a
+# gradient, which Megatron-LM keeps in 16 bits and PyTorch in float32.
+_LOGIT = {"fused": 12.0, "eager": 14.0, "compiled": 14.0}
+# With a vocabulary split over GPUs, PyTorch's backward holds one more in float32
+# (torch.distributed.tensor.parallel.loss_parallel).
+_SPLIT_LOGIT = 4.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,8 @@ class Memory:
         gradients: of these weights.
         optimizer: Adam's two averages, and weights in float32 where the weights are not.
         activations: kept for the backward passes, and the layer or the logits being worked on.
-        buffers: what gathers and sends, and what the framework reserves.
+        buffers: what gathers and sends, what PyTorch's allocator holds beyond its tensors, and
+            what CUDA and NCCL have for themselves.
     """
 
     parameters: float
@@ -101,9 +108,17 @@ def layer_activations(model: Model, layout: Layout, recompute: str) -> float:
         swiglu = 8.0 if layout.kernels == "eager" else 6.0
         inside = 2.0 * (heads + keys_values) + 2.0 * heads
         inside += (swiglu if model.gated else 4.0) * width
+    if layout.sequence_parallel and layout.kernels != "fused":
+        # The inputs of attention and of the feed-forward part, gathered: PyTorch keeps them whole,
+        # and Megatron-LM gathers them a second time (arXiv:2205.05198, section 4.2.2).
+        whole += 4.0 * model.hidden * (split - 1)
     if recompute == "alternate":
-        # Kept: every second product's output, attention's output, the layer's input.
-        whole, inside = 4.0 * model.hidden, 2.0 * heads + 2.0 * width + keys_values
+        # Outputs of four of seven products (queries, values, the first of SwiGLU's, the last one)
+        # and of attention, and the layer's input (torchtitan's selective activation checkpointing:
+        # every second product is made again). Compiled, what backward does not read is not kept:
+        # the last product's output.
+        whole = (2.0 if layout.kernels == "compiled" else 4.0) * model.hidden
+        inside = 4.0 * heads + keys_values + 2.0 * width
     scores = 0.0
     if layout.attention == "unfused" and recompute == "none":
         scores = 5.0 * model.heads * layout.sequence_length
@@ -134,23 +149,70 @@ def gpu_memory(model: Model, layout: Layout, constants: Constants) -> Memory:
 
 def _stage_memory(model: Model, layout: Layout, constants: Constants, stage: int) -> Memory:
     shares = stage_shares(model, layout, stage)
-    one_layer = layer_activations(model, layout, layout.recompute)
-    kept = one_layer * shares.layers * in_flight(layout, stage)
-    if layout.recompute in ("full", "alternate"):
-        kept += layer_activations(model, layout, "none")  # the layer that is being made again
-    if stage == layout.pipeline - 1:
-        # Logits in 16 bits and in float32, their softmax, and a gradient.
-        kept += layout.tokens * model.vocabulary / layout.tensor * 12.0
-    buffers = constants.reserved + (_BUCKETS if layout.sharded in (1, 2) else 0.0)
+    states = _states(shares.parameters, layout)
+    activations = kept_activations(model, layout, stage, shares.layers)
+    # Either the loss is being computed, or a layer made again: one after the other.
+    activations += max(_layer_again(model, layout), _logits(model, layout, stage))
+    buffers = _gathered(model, layout, shares)
+    held = (activations + buffers) * (constants.fragments - 1)  # free, but held by the allocator
+    return Memory(*states, activations, buffers + held + constants.outside)
+
+
+def kept_activations(model: Model, layout: Layout, stage: int, layers: int) -> float:
+    """Bytes that a stage keeps of the microbatches in flight, with nothing being worked on."""
+    one = layer_activations(model, layout, layout.recompute) * layers
+    around = layout.tensor if layout.sequence_parallel else 1
+    width = layout.tokens * model.hidden / around
+    if layout.pipeline > 1 and layout.keeps_outputs:
+        one += 2.0 * width
+    if stage == 0 and model.biased and layout.pipeline > 1:
+        one += width  # the mask of the embedding's dropout (arXiv:2205.05198, section 4.3)
+    return one * in_flight(layout, stage)
+
+
+def _layer_again(model: Model, layout: Layout) -> float:
+    """Bytes of the layer that is being made again."""
+    if layout.recompute not in ("full", "alternate"):
+        return 0.0
+    return layer_activations(model, layout, "none")
+
+
+def _logits(model: Model, layout: Layout, stage: int) -> float:
+    """Bytes of the logits on the last stage, while the loss is computed."""
+    if stage < layout.pipeline - 1:
+        return 0.0
+    logits = layout.tokens * model.vocabulary / layout.tensor
+    by_pytorch = layout.kernels != "fused"
+    one = _LOGIT[layout.kernels] + (_SPLIT_LOGIT if by_pytorch and layout.tensor > 1 else 0.0)
+    if by_pytorch and layout.pipeline > 1:
+        # PyTorch's schedules keep every microbatch's output, to return them together.
+        one += 2.0 * (layout.microbatches - 1)
+    return logits * one
+
+
+def _gathered(model: Model, layout: Layout, shares: Shares) -> float:
+    """Bytes of what is gathered, sent or put in one row."""
     gradient = 4 if layout.float32_gradients else 2
+    if layout.sharded in (1, 2):
+        # For the update a shard's gradient is put in one row, and made float32 if it is not. No
+        # block that activations left behind is as large.
+        row = 0 if layout.float32_gradients else 2 + 4
+        # With ZeRO-2, a virtual stage's gradients are whole until they are scattered.
+        whole = layout.sharded == 2 and layout.pipeline > 1
+        summed = shares.parameters / layout.virtual_stages * gradient if whole else 0.0
+        return _BUCKETS + shares.parameters / layout.shards * row + summed
     if layout.sharded == 3 and layout.pipeline > 1:
         # Gathered once a step: all weights of the stage, and their gradients until the last one.
-        buffers += shares.parameters * (2 + gradient)
-    elif layout.sharded == 3:
-        # Two layers' gathered weights and one layer's whole gradient.
+        # Where a virtual stage takes all microbatches in a row, its gradients are through with
+        # before the next one's begin.
+        once = layout.virtual_stages if layout.rounds == 1 else 1
+        return shares.parameters * (2 + gradient / once)
+    if layout.sharded == 3:
+        # Two layers' gathered weights and one layer's whole gradient; embedding and head, which
+        # are one unit, stay gathered from their forward pass to their backward pass.
         layer = model.layer_parameters / layout.tensor / layout.expert
-        buffers += layer * (2 * 2 + gradient)
-    return Memory(*_states(shares.parameters, layout), kept * constants.fragments, buffers)
+        return layer * (2 * 2 + gradient) + 2 * model.embedding_parameters / layout.tensor
+    return 0.0
 
 
 def _states(parameters: float, layout: Layout) -> tuple[float, float, float]:

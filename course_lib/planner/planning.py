@@ -9,7 +9,7 @@ import torch
 from course_lib import format_bytes
 from course_lib.planner.clusters import Cluster
 from course_lib.planner.constants import Constants, fitted
-from course_lib.planner.layer_work import linear_products, score_flops
+from course_lib.planner.layer_work import products_again, score_flops
 from course_lib.planner.layouts import Layout, check
 from course_lib.planner.memory import Memory, gpu_memory
 from course_lib.planner.models import Model
@@ -67,12 +67,12 @@ class Plan:
     def hfu(self) -> float:
         """Hardware FLOP/s utilization: as MFU, with what is computed a second time."""
         layout = self.layout
-        products = sum(product.flops for product in linear_products(self.model, layout))
+        products = sum(product.flops for product in products_again(self.model, layout))
         scores = score_flops(self.model, layout)
         again = {
             "none": 0.0,
             "selective": scores if layout.attention == "unfused" else 0.0,
-            "alternate": products / 2,
+            "alternate": products,
             "full": products + scores,
         }[layout.recompute]
         # Of one layer, for one microbatch, on one GPU.

@@ -28,7 +28,8 @@ class Run:
         seconds: of a step, measured; 0 if the source does not say.
         memory: bytes on the fullest GPU, measured; 0 if the source does not say.
         row: which of its table, counted from 0.
-        allocated: whether that counts tensors alone, and not what the framework reserves.
+        counted: what that memory is: ``"tensors"``, what PyTorch's ``"allocator"`` holds for
+            them, or ``"all"`` that is taken of the GPU.
     """
 
     table: str
@@ -38,7 +39,7 @@ class Run:
     layout: Layout
     seconds: float = 0.0
     memory: float = 0.0
-    allocated: bool = False
+    counted: str = "all"
     row: int = 0
 
 

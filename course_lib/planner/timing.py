@@ -8,9 +8,12 @@ from course_lib.planner.clusters import Cluster
 from course_lib.planner.communication import (
     Collective,
     Network,
+    end_collectives,
     layer_collectives,
+    shared_collectives,
     stage_sends,
     state_collectives,
+    together,
 )
 from course_lib.planner.constants import Constants
 from course_lib.planner.layer_work import LayerTimes, Seconds
@@ -66,9 +69,10 @@ def step_time(model: Model, cluster: Cluster, layout: Layout, constants: Constan
     fixed = constants.fixed_layer * passes * layers
     host = max(fixed, constants.host_layer * passes * layers - work.total)
 
-    inner = layer_collectives(model, layout, network)
-    sends = 3 if layout.recompute == "full" else 2
-    talk = sum(collective.total for collective in inner) * sends * layers
+    inner = layer_collectives(model, layout, network) * (2 if layout.recompute == "full" else 1)
+    inner += layer_collectives(model, layout, network, backward=True)
+    ends = end_collectives(model, layout, network)
+    talk, at_ends = sum(each.total for each in inner) * layers, sum(each.total for each in ends)
     if layout.overlap_tensor:
         talk *= 1 - constants.hidden
     sent = stage_sends(model, layout, network)
@@ -77,17 +81,22 @@ def step_time(model: Model, cluster: Cluster, layout: Layout, constants: Constan
     usual = one_layer.total * layers + host + talk + hop
     bubble = idle(layout, usual, (forward * layers).total, (backward * layers).total)
 
-    states = state_collectives(model, layout, network, stage_shares(model, layout, 0))
-    behind = (backward + again) * layers if layout.sharded < 3 else work * count
+    shares = stage_shares(model, layout, 0)
+    states = state_collectives(model, layout, network, shares)
+    states += shared_collectives(model, layout, network, shares)
+    behind = work * count if layout.sharded == 3 else (backward + again) * layers
+    if layout.sharded == 2:
+        behind *= layout.rounds
     exposed = _exposed(states, behind.total, layout, constants)
-    collectives = [_times(each, sends * layers * count) for each in inner] + states
+    collectives = [_times(each, layers * count) for each in together(inner)]
+    collectives += [_times(each, count) for each in ends] + states
     collectives += [_times(each, 2 * layout.virtual_stages * count) for each in sent]
     return StepTime(
         products=work.products * count,
         attention=work.scores * count,
         others=work.others * count,
         host=host * count,
-        exposed=(talk + hop) * count + exposed,
+        exposed=(talk + at_ends + hop) * count + exposed,
         bubble=bubble,
         optimizer=_update(model, cluster, layout, times) + constants.step,
         collectives=collectives,

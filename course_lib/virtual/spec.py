@@ -151,7 +151,7 @@ A100 = Spec(
     memory_bandwidth=2.039e12,
     link_bandwidth=300e9,
     host_bandwidth=32e9,
-    achieved=Achieved(product=0.8056),
+    achieved=Achieved(product=0.808),
     source="NVIDIA A100 Tensor Core GPU data sheet, column A100 80GB SXM: FP64 Tensor Core 19.5, "
     "FP32 19.5, BFLOAT16 and FP16 Tensor Core 312 TFLOPS; 80GB at 2,039 GB/s; NVLink 600 GB/s, "
     "PCIe Gen4 64 GB/s",
@@ -170,7 +170,7 @@ H100 = Spec(
     link_bandwidth=450e9,
     host_bandwidth=64e9,
     network=INFINIBAND_NDR,
-    achieved=Achieved(product=0.6798),
+    achieved=Achieved(product=0.6821),
     source="NVIDIA H100 Tensor Core GPU data sheet, column H100 SXM: FP64 Tensor Core 67, FP32 67, "
     "BFLOAT16 and FP16 Tensor Core 1,979 teraFLOPS with sparsity, half of it without; 80GB at "
     "3.35TB/s; NVLink 900GB/s, PCIe Gen5 128GB/s",
@@ -198,7 +198,7 @@ GB200 = Spec(
     link_bandwidth=900e9,
     host_bandwidth=450e9,
     network=INFINIBAND_NDR,
-    achieved=Achieved(product=0.5825),
+    achieved=Achieved(product=0.5747),
     source="NVIDIA GB200 NVL72 data sheet, one GPU of 72 that NVLink joins: FP64 40, FP32 80, FP16 "
     "and BF16 5,000 TFLOPS with sparsity, half of it without; 186GB at 8TB/s; NVLink 1.8TB/s; to "
     "the Grace CPU 900GB/s, both directions together",

@@ -12,9 +12,12 @@ import torch
 from torch import nn
 
 from course_lib import current_stream
+from course_lib.doctor import INSTRUMENTS
 from course_lib.exercises import lesson_15
 from course_lib.exercises.broken.cases import CASES
+from course_lib.exercises.broken.named import readings
 from course_lib.exercises.lesson_15 import program_text
+from course_lib.exercises.verdict import Verdict
 from course_lib.models import next_token_loss
 from course_lib.parallel.data_parallel import all_reduce_gradients, split_batch, train_step
 from course_lib.parallel.gradient_norm import clip_gradients
@@ -36,7 +39,24 @@ MORE_NAMES = {
 
 
 def answers(name: str) -> Answers:
-    return Answers("15", name.replace("_", "-"), getattr(lesson_15, f"check_{name}"))
+    """The exercise; an answer names what is right, but for what its ``names`` say."""
+    check = getattr(lesson_15, f"check_{name}")
+
+    def check_named(answer: Answer) -> Verdict:
+        named = {"line": CASES[name].lines[0], "instrument": next(iter(readings(name)))}
+        return check(answer, **{**named, **getattr(answer, "names", {})})
+
+    return Answers("15", name.replace("_", "-"), check_named)
+
+
+def mended(made: Answers, words: str, **names: object) -> Answer:
+    """The solution, by someone who named something else."""
+
+    def answer(model, gpus):
+        return made.solution(model, gpus)
+
+    answer.names, answer.__name__ = names, words.replace(" ", "_")
+    return answer
 
 
 def changed(name: str, words: str, *changes: tuple[str, str]) -> Answer:
@@ -79,6 +99,27 @@ def exercise(name: str, reading: str, without_update: str, *changes: tuple[str, 
     EXERCISES.append(made)
     made.wrong(reading, "after step")(changed(name, "the program as it was"))
     made.wrong(without_update)(changed(name, "no update", *(changes or [UPDATE])))
+
+    other = "optimizer.zero_grad()" if name != "thawed" else "loss.backward()"
+    if name in ("one_row", "moved"):
+        other = "loss.backward()"
+    silent = next(each for each in INSTRUMENTS if each not in readings(name))
+    is_mended = "the program is mended"
+    made.wrong(is_mended, "LINE is not the one at fault")(mended(made, "another line", line=other))
+    made.wrong(is_mended, "LINE is no line of the program")(
+        mended(made, "a line of another program", line="all_reduce(everything)")
+    )
+    made.wrong(is_mended, "LINE is open")(mended(made, "no line", line=None))
+    made.wrong(is_mended, f"{silent} is silent on this program")(
+        mended(made, "an instrument that is silent", instrument=silent)
+    )
+    made.wrong(is_mended, "INSTRUMENT is one of replica against replica")(
+        mended(made, "an instrument that there is not", instrument="the loss")
+    )
+    for line in CASES[name].lines[1:]:
+        made.right(mended(made, f"with the line {line}", line=line))
+    for instrument in list(readings(name))[1:]:
+        made.right(mended(made, f"shown by {instrument}", instrument=instrument))
 
     @made.wrong("return the replicas and the step")
     def returning_nothing(model, gpus):

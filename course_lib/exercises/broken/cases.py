@@ -44,6 +44,8 @@ class Case:
         program: as :func:`course_lib.doctor.examine` takes it; its docstring names the report.
         symptom: what a user would notice, if anything.
         cause: what is wrong.
+        lines: of the program, each of which may be called the one at fault: where it is wrong, or
+            where what is missing belongs.
         make_model, batches, loss, optimizer: what it is tried on; ``batches`` takes how many.
         gpu_count: on how many devices.
         alone, shuffles, bytes_a_step: as the doctor takes them.
@@ -52,6 +54,7 @@ class Case:
     program: Prepare
     symptom: str
     cause: str
+    lines: tuple[str, ...] = ()
     make_model: Callable[[], nn.Module] = lambda: MLP(16, 32, 4)
     batches: Callable[[int], Batches] = points
     loss: Loss = F.cross_entropy
@@ -123,6 +126,10 @@ CASES: dict[str, Case] = {
         the_sum.short_passages,
         "short passages count for more than they should",
         "shards are weighted by passages, and the mean is over tokens",
+        lines=(
+            "share = len(y_part) / len(y)",
+            "loss = next_token_loss(replica(x_part), y_part) * share",
+        ),
         make_model=_token_model,
         batches=lambda steps: padded(steps, 2, 3, 5, 8, 12, 16),
         loss=next_token_loss,
@@ -132,28 +139,48 @@ CASES: dict[str, Case] = {
         the_sum.four_pieces,
         "accumulation does not make a step cheaper",
         "gradients are exchanged after every piece",
+        lines=(
+            "for copies in parameter_copies(replicas):",
+            "all_reduce(gradients)",
+        ),
     ),
     "clipped": Case(
         the_sum.clipped,
         "with more GPUs, each step learns less",
         "every copy of a gradient counts in the norm",
+        lines=(
+            "gradients = [p.grad for replica in replicas for p in replica.parameters()]",
+            "clip_together(gradients, gradients, max_norm=0.1)",
+        ),
         alone=_clipped,
     ),
     "one_row": Case(
         who_learns.one_row,
         "the model learns less than it should",
         "the optimizers hold parameters that the model no longer has",
+        lines=(
+            "optimizers = [SGD(replica.parameters(), lr=0.1) for replica in replicas]",
+            "layer.weight, layer.bias = nn.Parameter(weight.view_as(layer.weight))",
+        ),
     ),
     "thawed": Case(
         who_learns.thawed,
         "validation differs from rank to rank, from some step on",
         "the list of what is exchanged was made before the layer was unfrozen",
+        lines=(
+            "reduced = [copies for copies in parameter_copies(replicas)",
+            "for copies in reduced:",
+        ),
         alone=_unfrozen_at_the_third,
     ),
     "moved": Case(
         who_learns.moved,
         "after a restart the loss falls more slowly",
         "the checkpoint has no optimizer in it",
+        lines=(
+            'saved = {"model": replicas[0].state_dict()}',
+            "optimizers[:] = [SGD(r.parameters(), lr=0.1, momentum=0.9) for r in replicas]",
+        ),
         optimizer=sgd(0.1, 0.9),
         bytes_a_step=0,
     ),
@@ -161,6 +188,7 @@ CASES: dict[str, Case] = {
         chance.with_dropout,
         "none",
         "all devices draw from one seed",
+        lines=("seed_device(1, gpu)",),
         make_model=lambda: nn.Sequential(
             nn.Linear(16, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 4)
         ),
@@ -169,6 +197,7 @@ CASES: dict[str, Case] = {
         chance.epochs,
         "none",
         "the seed of the order is the same in every epoch",
+        lines=("shuffled = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))",),
         batches=one_epoch,
         shuffles=True,
         bytes_a_step=0,
@@ -177,6 +206,10 @@ CASES: dict[str, Case] = {
         chance.recomputed,
         "evaluation is off, training is not",
         "a layer that keeps statistics is computed twice",
+        lines=(
+            "h = checkpoint(first_stage, x, use_reentrant=False)",
+            "return norm(front(x))",
+        ),
         make_model=lambda: nn.Sequential(
             nn.Linear(16, 32), nn.ReLU(), nn.BatchNorm1d(32), nn.Linear(32, 4)
         ),
@@ -187,6 +220,11 @@ CASES: dict[str, Case] = {
         split_models.microbatches,
         "the logged norm is too large; clipping bites too early",
         "the loss is divided by its microbatches after backward",
+        lines=(
+            "loss.backward()",
+            "losses.append(F.cross_entropy(back(h.to(gpus[1])), y_piece.to(gpus[1])))",
+            "return sum(loss.item() for loss in losses) / count",
+        ),
         optimizer=lambda parameters: AdamW(parameters, lr=1e-2),
         gpu_count=2,
         bytes_a_step=0,
@@ -195,6 +233,7 @@ CASES: dict[str, Case] = {
         split_models.split_layers,
         "the loss begins too high",
         "a bias is added on every device before the sum",
+        lines=("part = F.linear(h, down.weight, model.bias.to(gpu))",),
         make_model=lambda: split_models.SplitMLP(16, 32, 4, 2),
         gpu_count=2,
         bytes_a_step=0,
@@ -203,6 +242,10 @@ CASES: dict[str, Case] = {
         split_models.long_passages,
         "none",
         "attention takes tokens in plain order for zigzag order, and sees the future",
+        lines=(
+            "places = torch.arange(x.shape[1]).chunk(len(gpus))",
+            "replicas, ring_attention(qs, ks, vs, causal=True), places, gpus",
+        ),
         make_model=lambda: split_models.Reader(VOCABULARY, 16, 16),
         batches=passages,
         loss=next_token_loss,
@@ -224,11 +267,17 @@ CASES: dict[str, Case] = {
         meters.side_streams,
         "now and then, on some machines, another loss",
         "nobody waits for the side streams",
+        lines=(
+            "with sides.beside(gradients):",
+            "all_reduce(gradients)",
+            "optimizer.step()",
+        ),
     ),
     "by_length": Case(
         meters.by_length,
         "GPUs wait for one another",
         "passages are dealt out by length",
+        lines=("own = by_length.chunk(len(gpus))[rank]",),
         make_model=_token_model,
         batches=lambda steps: padded(steps, 32, 2, 9, 24, 3, 6, 18, 2, 13),
         loss=next_token_loss,

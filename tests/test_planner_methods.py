@@ -1,0 +1,319 @@
+"""Each method from both sides: the planner's seconds and bytes, and what virtual GPUs simulate.
+
+The GPUs hold no numbers, so the models may be as wide as real ones. The planner gets what the data
+sheet promises, and each operation for itself; nothing that was fitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import course_lib
+from course_lib.hardware import memory_in_use
+from course_lib.models import GPT, Block, next_token_loss
+from course_lib.parallel import schedules
+from course_lib.parallel.collectives import ring_all_reduce
+from course_lib.parallel.context_parallel import (
+    ContextParallelGPT,
+    next_token_losses,
+    split_sequence,
+)
+from course_lib.parallel.data_parallel import backward_on_shards, parameter_copies, replicate
+from course_lib.parallel.expert_parallel import ExpertParallel
+from course_lib.parallel.experts import MixtureOfExperts
+from course_lib.parallel.pipeline import Pipeline, microbatches_of
+from course_lib.parallel.schedule_rules import Schedule, held
+from course_lib.parallel.sharded_data_parallel import Sharded
+from course_lib.parallel.split_parameter import all_reduce_partial_gradients
+from course_lib.parallel.tensor_parallel import ParallelBlock, ParallelGPT
+from course_lib.parallel.vocabulary import vocabulary_cross_entropy
+from course_lib.planner import Layout, Model, cluster, gpt
+from course_lib.planner.constants import fitted
+from course_lib.planner.memory import (
+    gpu_memory,
+    in_flight,
+    kept_activations,
+    layer_activations,
+)
+from course_lib.planner.timing import StepTime, step_time
+from course_lib.timeline import Trace
+
+VOCABULARY, LENGTH, WIDTH, HEADS, DEPTH = 8192, 512, 8192, 64, 2
+BF16 = torch.bfloat16
+# An A100 whose host is never late. Ring attention adds up in float32: it is as fast here.
+SPEC = course_lib.A100.with_(launch_overhead=0.0, flops={torch.float32: 312e12, BF16: 312e12})
+SHEET = replace(
+    fitted(),
+    product_a100=1.0,
+    attention_a100=1.0,
+    wave=0.0,
+    product_traffic=0.0,
+    eager_traffic=1.0,
+    fixed_layer=0.0,
+    host_layer=0.0,
+    step=0.0,
+    nvlink_part=1.0,
+    nvlink_base=0.0,
+    nvlink_hop=SPEC.latency,
+)
+USUAL = {"kernels": "eager", "attention": "flash2", "float32_gradients": False, "overlap": False}
+
+
+@pytest.fixture
+def gpus(vgpus: list[torch.device]) -> list[torch.device]:
+    """Four of them that hold no numbers."""
+    return course_lib.devices(4, SPEC.with_(memory=1e12), backing="meta")
+
+
+def a_gpt(depth: int = DEPTH) -> GPT:
+    with torch.device("meta"):
+        return GPT(VOCABULARY, LENGTH, WIDTH, HEADS, depth, tied=False).to(BF16)
+
+
+def sizes(depth: int = DEPTH) -> Model:
+    return replace(gpt("", depth, WIDTH, HEADS, VOCABULARY), positions=LENGTH, tied=False)
+
+
+def tokens(rows: int, device: torch.device | str = "cpu") -> Tensor:
+    return torch.zeros(rows, LENGTH, dtype=torch.int64, device=device)
+
+
+def planned(layout: Layout, depth: int = DEPTH) -> StepTime:
+    return step_time(sizes(depth), cluster("A100", layout.gpus), layout, SHEET)
+
+
+def bytes_of(time: StepTime) -> float:
+    return sum(each.count * each.bytes for each in time.collectives)
+
+
+def sum_gradients(replicas: Sequence[nn.Module]) -> None:
+    for copies in parameter_copies(replicas):
+        ring_all_reduce([copy.grad for copy in copies])
+
+
+class NoUpdate(torch.optim.Optimizer):
+    """PyTorch's own updates move other bytes than the planner's."""
+
+    def __init__(self, parameters) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure=None) -> None:
+        pass
+
+
+def same_seconds(recording: Trace, time: StepTime) -> None:
+    """Within 5 %; without the update."""
+    assert recording.seconds == pytest.approx(time.total - time.optimizer, rel=0.05)
+
+
+def test_data_parallelism(gpus: list[torch.device]) -> None:
+    replicas = replicate(a_gpt(), gpus)
+    xs = [tokens(8, gpu) for gpu in gpus]
+    with course_lib.trace() as recording:
+        backward_on_shards(replicas, xs, xs, next_token_loss)
+        sum_gradients(replicas)
+    time = planned(Layout(32, LENGTH, data=4, microbatch=8, **USUAL))
+    same_seconds(recording, time)
+    for gpu in gpus:
+        assert recording.bytes_sent(gpu) == pytest.approx(bytes_of(time), rel=1e-12)
+
+
+@pytest.mark.parametrize(("stage", "pieces"), [(1, 2), (2, 2), (3, 1)])
+def test_sharded_data_parallelism(gpus: list[torch.device], stage: int, pieces: int) -> None:
+    """Stages 2 and 3 exchange anew for every microbatch."""
+    model = Sharded(a_gpt(), gpus, stage, BF16, NoUpdate, prefetch=False)
+    xs = [tokens(8, gpu) for gpu in gpus]
+    with course_lib.trace() as recording:
+        for piece in range(pieces):
+            if piece < pieces - 1:
+                with model.accumulate():
+                    model.backward(xs, xs, next_token_loss)
+            else:
+                model.backward(xs, xs, next_token_loss)
+        model.step()
+    layout = Layout(32 * pieces, LENGTH, data=4, sharded=stage, microbatch=8, **USUAL)
+    time = planned(layout)
+    same_seconds(recording, time)
+    for gpu in gpus:
+        assert recording.bytes_sent(gpu) == pytest.approx(bytes_of(time), rel=1e-9)
+
+
+def test_hybrid_sharding(gpus: list[torch.device]) -> None:
+    """HSDP: shards within a pair, and an all-reduce across of what each GPU owns."""
+    before = [memory_in_use(gpu) for gpu in gpus]
+    pairs = [Sharded(a_gpt(), gpus[at : at + 2], 3, BF16, prefetch=False) for at in (0, 2)]
+    held_there = [memory_in_use(gpu) for gpu in gpus]
+    xs = [tokens(8, gpu) for gpu in gpus]
+    with course_lib.trace() as recording:
+        for at, model in zip((0, 2), pairs, strict=True):
+            model.backward(
+                xs[at : at + 2], xs[at : at + 2], next_token_loss, batch_size=32 * LENGTH
+            )
+        for model in pairs:
+            model.join()
+        for units in zip(*(model.units for model in pairs), strict=True):
+            for place in (0, 1):
+                ring_all_reduce([unit.gradients[place] for unit in units])
+    layout = Layout(32, LENGTH, data=4, sharded=3, shard_group=2, microbatch=8, **USUAL)
+    time = planned(layout)
+    same_seconds(recording, time)
+    for gpu in gpus:
+        assert recording.bytes_sent(gpu) == pytest.approx(bytes_of(time), rel=1e-9)
+    counted = gpu_memory(sizes(), layout, SHEET)
+    # Before a step there are neither gradients nor averages.
+    for gpu, start, now in zip(gpus, before, held_there, strict=True):
+        assert now - start == pytest.approx(counted.parameters, rel=1e-9), gpu
+
+
+def test_tensor_and_sequence_parallelism(gpus: list[torch.device]) -> None:
+    model = ParallelGPT(a_gpt(), gpus, sequence_parallel=True)
+    x = tokens(16, gpus[0])
+    with course_lib.trace() as recording:
+        losses = vocabulary_cross_entropy(model(x), x)
+        torch.autograd.backward(losses)
+        all_reduce_partial_gradients(model)
+    layout = Layout(16, LENGTH, tensor=4, sequence_parallel=True, microbatch=16, **USUAL)
+    time = planned(layout)
+    same_seconds(recording, time)
+    # The course's loss sums scores of 16 bits in 16 bits.
+    half = sum(each.count * each.bytes for each in time.collectives if each.name == "loss") / 2
+    for gpu in gpus[1:]:
+        assert recording.bytes_sent(gpu) == pytest.approx(bytes_of(time) - half, rel=1e-9)
+    to_others = 2 * 3 * x.nbytes  # inputs and targets, from the first
+    assert recording.bytes_sent(gpus[0]) - to_others == recording.bytes_sent(gpus[1])
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_a_tensor_parallel_block_keeps_the_planners_bytes(
+    gpus: list[torch.device], sequence_parallel: bool
+) -> None:
+    """And in float32 two numbers a norm and token, and one a head."""
+    block = Block(WIDTH, HEADS, dropout=0.0).to(BF16)
+    parallel = ParallelBlock(block, gpus, sequence_parallel)
+    shape = (LENGTH // 4, 2, WIDTH) if sequence_parallel else (2, LENGTH, WIDTH)
+    xs = [torch.zeros(shape, dtype=BF16, device=gpu, requires_grad=True) for gpu in gpus]
+    before = [memory_in_use(gpu) for gpu in gpus]
+    outputs = parallel(xs)
+    kept = [memory_in_use(gpu) - start for gpu, start in zip(gpus, before, strict=True)]
+    del outputs
+    layout = Layout(2, LENGTH, tensor=4, sequence_parallel=sequence_parallel, microbatch=2)
+    layout = replace(layout, kernels="eager")
+    around = 4 if sequence_parallel else 1
+    counted = layer_activations(sizes(), layout, "none")  # with inputs that were gathered
+    masks = 2 * WIDTH / around  # of two dropouts, which the planner counts
+    little = 4 * (2 * 2 / around + HEADS / 4)
+    assert kept == [counted + layout.tokens * (little - masks)] * 4
+
+
+SCHEDULES = {
+    "GPipe": (schedules.gpipe(2, 4), {}),
+    "1F1B": (schedules.one_f_one_b(2, 4), {}),
+    "interleaved": (schedules.interleaved(2, 4, 2), {"virtual_stages": 2}),
+    "ZB-1p": (schedules.zero_bubble(2, 4), {}),
+}
+
+
+def staged(schedule: Schedule, depth: int, gpus: Sequence[torch.device]) -> Pipeline:
+    stages = len(schedule.placement)
+    cuts = [1 + depth * stage // stages for stage in range(1, stages)]
+    return Pipeline(a_gpt(depth), [gpus[at] for at in schedule.placement], cuts)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_pipelines(gpus: list[torch.device], name: str) -> None:
+    schedule, more = SCHEDULES[name]
+    depth, two = 4, gpus[:2]
+    pipeline = staged(schedule, depth, two)
+    x, ys = tokens(16, two[0]), microbatches_of(tokens(16), 4, two[1])
+    with course_lib.trace() as recording:
+        pipeline.forward_backward(schedule, x, ys, next_token_loss)
+    layout = Layout(16, LENGTH, pipeline=2, microbatch=4, schedule=name, **more, **USUAL)
+    time = planned(layout, depth)
+    same_seconds(recording, time)
+    (sends,) = time.collectives
+    # There and back at each virtual stage; but the first one receives nothing, and the last sends
+    # nothing on.
+    stages = 2 * layout.virtual_stages
+    hops = (stages - 1) / stages
+    total = sum(recording.bytes_sent(gpu) for gpu in two)
+    assert total == pytest.approx(2 * hops * sends.count * sends.bytes, rel=1e-12)
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("name", ["GPipe", "1F1B", "interleaved", "ZB-1p"])
+def test_a_stage_has_as_many_microbatches_in_flight_as_the_planner_says(
+    name: str, devices: int
+) -> None:
+    make = {
+        "GPipe": lambda: schedules.gpipe(devices, 8),
+        "1F1B": lambda: schedules.one_f_one_b(devices, 8),
+        "interleaved": lambda: schedules.interleaved(devices, 8, 2),
+        "ZB-1p": lambda: schedules.zero_bubble(devices, 8),
+    }
+    virtual = 2 if name == "interleaved" else 1
+    layout = Layout(8, LENGTH, pipeline=devices, schedule=name, virtual_stages=virtual)
+    counted = [in_flight(layout, stage) * virtual for stage in range(devices)]
+    assert held(make[name]()) == counted
+
+
+def test_a_stage_keeps_the_planners_bytes_of_a_microbatch(gpus: list[torch.device]) -> None:
+    """One microbatch more in flight, on the middle one of three stages."""
+    peaks = []
+    for count in (4, 5):
+        schedule = schedules.gpipe(3, count)
+        pipeline = staged(schedule, 3, gpus)
+        x, ys = tokens(count, gpus[0]), microbatches_of(tokens(count), count, gpus[2])
+        before = memory_in_use(gpus[1])
+        with course_lib.trace() as recording:
+            pipeline.forward_backward(schedule, x, ys, next_token_loss)
+        peaks.append(recording.peak_memory[1] - before)
+        del pipeline
+    layout = Layout(4, LENGTH, pipeline=3, schedule="GPipe", **USUAL)
+    counted = kept_activations(sizes(3), layout, 1, 1) / in_flight(layout, 1)
+    masks, little = 2 * WIDTH, 4 * (2 * 2 + HEADS)
+    assert peaks[1] - peaks[0] == counted + layout.tokens * (little - masks)
+
+
+def test_context_parallelism(gpus: list[torch.device]) -> None:
+    model = ContextParallelGPT(a_gpt(), gpus)
+    length = LENGTH // 4  # scores, which are not fused here, are a small part of the work
+    xs = split_sequence(tokens(128)[:, :length], gpus, dimension=1)
+    model.positions_of(length, zigzag=True)
+    with course_lib.trace() as recording:
+        torch.autograd.backward(next_token_losses(model(xs), xs))
+        sum_gradients(list(model.replicas))
+    time = planned(Layout(128, length, context=4, microbatch=128, **USUAL))
+    same_seconds(recording, time)
+    # Three ways round: keys and values, again for the backward pass, and their gradients, which
+    # are twice as large in float32.
+    ring = sum(each.count * each.bytes for each in time.collectives if each.name == "context")
+    for gpu in gpus:
+        assert recording.bytes_sent(gpu) == pytest.approx(bytes_of(time) + ring / 3, rel=1e-12)
+
+
+def test_expert_parallelism(gpus: list[torch.device]) -> None:
+    """A layer's experts; every one of them gets as many tokens."""
+    with torch.device("meta"):
+        moe = MixtureOfExperts(WIDTH, 4 * WIDTH, experts=8, top_k=2, capacity_factor=1.0).to(BF16)
+    layer = ExpertParallel(moe, gpus)
+    xs = [torch.zeros(4096, WIDTH, dtype=BF16, device=gpu, requires_grad=True) for gpu in gpus]
+    with course_lib.trace() as recording:
+        outputs, _ = layer(xs)
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+    model = replace(sizes(1), experts=8, active=2)
+    layout = Layout(32, LENGTH, data=4, expert=4, microbatch=8, **USUAL)
+    where = cluster("A100", 4)
+    time = step_time(model, where, layout, SHEET)
+    without = step_time(replace(model, ffn=1), where, layout, SHEET)  # all else of the layer
+    exchange = [each for each in time.collectives if each.name == "expert"]
+    seconds = sum(each.total for each in exchange)
+    seconds += time.products + time.others - without.products - without.others
+    assert recording.seconds == pytest.approx(seconds, rel=0.05)
+    for gpu in gpus:
+        sent = sum(each.count * each.bytes for each in exchange)
+        assert recording.bytes_sent(gpu) == pytest.approx(sent, rel=1e-12)
