@@ -248,9 +248,7 @@ def test_a_late_outer_step_is_that_of_the_meeting_and_keeps_the_way_since(
     gpus = course_lib.devices(3)
     model = torch.nn.Linear(1, 1, bias=False).double()
     torch.nn.init.constant_(model.weight, 2.0)
-    run = OverlappedTraining(
-        replicate(model, gpus), lambda p: SGD(p, lr=0.1), period, delay, outer
-    )
+    run = OverlappedTraining(replicate(model, gpus), lambda p: SGD(p, lr=0.1), period, delay, outer)
     gradients = torch.randn(13, 3, dtype=torch.float64).tolist()
     seen = late_outer_steps_by_hand([2.0] * 3, gradients, period, delay, rate, momentum)
     for of_ranks, (places, anchor) in zip(gradients, seen, strict=True):

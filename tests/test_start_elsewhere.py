@@ -33,7 +33,9 @@ def project(urls: str, folder: Path) -> Path:
 def test_one_place_says_where_the_course_is(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(addresses, "ROOT", project("", tmp_path))
     assert addresses.addresses() is None
-    urls = '[project.urls]\nRepository = "https://github.com/o/n/"\nHomepage = "https://o.github.io/n"'
+    urls = (
+        '[project.urls]\nRepository = "https://github.com/o/n/"\nHomepage = "https://o.github.io/n"'
+    )
     project(urls, tmp_path)
     assert addresses.addresses() == KNOWN
 
@@ -64,7 +66,9 @@ def test_links_have_the_forms_that_the_services_ask_for() -> None:
     assert KNOWN.colab() == (
         f"https://colab.research.google.com/github/o/n/blob/lessons/colab/{lesson}"
     )
-    assert KNOWN.binder == f"https://mybinder.org/v2/gh/o/n/main?urlpath=lab/tree/my_lessons/{lesson}"
+    assert (
+        KNOWN.binder == f"https://mybinder.org/v2/gh/o/n/main?urlpath=lab/tree/my_lessons/{lesson}"
+    )
     assert KNOWN.wheel.endswith("/n/wheel/multi_gpu_by_hand-1.2.3-py3-none-any.whl")
     assert KNOWN.hub("https://hub.example.org/") == (
         "https://hub.example.org/hub/user-redirect/git-pull?repo=https%3A%2F%2Fgithub.com%2Fo%2Fn"

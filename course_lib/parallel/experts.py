@@ -97,7 +97,9 @@ class Router(nn.Module):
         capacity = self.capacity(len(x_TD))
         choice = self.choose(x_TD)
         # All first choices take their places before any second one does.
-        before_KTE = choice.chosen_KTE.view(-1, self.experts).cumsum(0).view_as(choice.chosen_KTE)
+        before_KTE = (
+            choice.chosen_KTE.reshape(-1, self.experts).cumsum(0).view_as(choice.chosen_KTE)
+        )
         queue_KT = ((before_KTE - 1) * choice.chosen_KTE).sum(-1)  # how many are before it
         rows = self.experts * capacity
         fits_KT = queue_KT < capacity
