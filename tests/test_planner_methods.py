@@ -305,6 +305,23 @@ def test_context_parallelism(gpus: list[torch.device]) -> None:
         assert recording.bytes_sent(gpu) == pytest.approx(bytes_of(time) + ring / 3, rel=1e-12)
 
 
+def test_a_context_parallel_layer_keeps_the_planners_bytes(gpus: list[torch.device]) -> None:
+    """What a second layer adds; and in float32 two numbers a norm and token, and one a head."""
+    kept = []
+    for depth in (1, 2):
+        model = ContextParallelGPT(a_gpt(depth), gpus)
+        xs = split_sequence(tokens(4), gpus, dimension=1)
+        model.positions_of(LENGTH, zigzag=True)
+        before = memory_in_use(gpus[0])
+        outputs = model(xs)
+        kept.append(memory_in_use(gpus[0]) - before)
+        del model, outputs
+    layout = Layout(4, LENGTH, context=4, microbatch=4, kernels="eager")
+    masks, little = 2 * WIDTH, 4 * (2 * 2 + HEADS)  # masks of dropouts, which the planner counts
+    counted = layer_activations(sizes(), layout, "none")
+    assert kept[1] - kept[0] == counted + layout.tokens * (little - masks)
+
+
 def test_expert_parallelism(gpus: list[torch.device]) -> None:
     """A layer's experts; every one of them gets as many tokens."""
     with torch.device("meta"):
