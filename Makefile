@@ -39,9 +39,11 @@ endif
 .PHONY: help lab fresh test browser unit nb notebooks portable test-with conformance \
   pytorch-tests build/hosted images badges frames student slides bench lint constraints dist site site-test clean
 
-help: ## Show this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+help:
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {print "\n" substr($$0, 5)} \
+	  /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
+##@ To learn
 # More flags for JupyterLab: make lab LAB=--no-browser
 lab: $(STAMP) ## Install everything, then open a working copy of the lessons in JupyterLab
 	$(PY) tools/lab.py --ServerApp.ip=127.0.0.1 $(ROOT) $(LAB)
@@ -49,6 +51,16 @@ lab: $(STAMP) ## Install everything, then open a working copy of the lessons in 
 fresh: $(STAMP) ## Fetch a lesson anew into your working copy, with your answers (NB=02)
 	$(PY) tools/lab.py --fresh $(NB)
 
+##@ To teach
+student: $(STAMP) ## Make the lessons without solutions, and an answer key, in build/editions
+	$(PY) tools/editions.py build/editions
+
+# What writes the slides is of no use to anyone else: it is installed when they are made.
+slides: $(STAMP) ## Make a deck for each lesson, to edit and to show, in build/slides
+	@$(PIP) install -q python-pptx
+	$(PY) tools/slides.py build/slides
+
+##@ To change the course
 test: $(STAMP) ## Check all: lint, unit tests, and every notebook against its outputs
 	@lint=0; ($(LINT)) || { lint=1; echo "Lint is not content, see above; the tests go on." >&2; }; \
 	$(PYTEST) $(NBVAL) tests notebooks && exit $$lint
@@ -95,14 +107,6 @@ badges: $(STAMP) ## Write the course's address into README.md, from [project.url
 
 frames: $(STAMP) ## Draw every position of the explorers anew whose code has changed (minutes)
 	$(PY) tools/explorer_frames.py $(EXPLORER)
-
-student: $(STAMP) ## Make the lessons without solutions, and an answer key, in build/editions
-	$(PY) tools/editions.py build/editions
-
-# What writes the slides is of no use to anyone else: it is installed when they are made.
-slides: $(STAMP) ## Make a deck for each lesson, to edit and to show, in build/slides
-	@$(PIP) install -q python-pptx
-	$(PY) tools/slides.py build/slides
 
 build/hosted: $(STAMP) # the lessons as Colab and hubs open them; .github/workflows/site.yml asks
 	$(PY) tools/hosted.py $@

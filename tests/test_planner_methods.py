@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import course_lib
+import data_sheet
 from course_lib.hardware import memory_in_use
 from course_lib.models import GPT, Block, next_token_loss
 from course_lib.parallel import schedules
@@ -33,7 +34,6 @@ from course_lib.parallel.split_parameter import all_reduce_partial_gradients
 from course_lib.parallel.tensor_parallel import ParallelBlock, ParallelGPT
 from course_lib.parallel.vocabulary import vocabulary_cross_entropy
 from course_lib.planner import Layout, Model, cluster, gpt
-from course_lib.planner.constants import fitted
 from course_lib.planner.memory import (
     gpu_memory,
     in_flight,
@@ -47,20 +47,7 @@ VOCABULARY, LENGTH, WIDTH, HEADS, DEPTH = 8192, 512, 8192, 64, 2
 BF16 = torch.bfloat16
 # An A100 whose host is never late. Ring attention adds up in float32: it is as fast here.
 SPEC = course_lib.A100.with_(launch_overhead=0.0, flops={torch.float32: 312e12, BF16: 312e12})
-SHEET = replace(
-    fitted(),
-    product_a100=1.0,
-    attention_a100=1.0,
-    wave=0.0,
-    product_traffic=0.0,
-    eager_traffic=1.0,
-    fixed_layer=0.0,
-    host_layer=0.0,
-    step=0.0,
-    nvlink_part=1.0,
-    nvlink_base=0.0,
-    nvlink_hop=SPEC.latency,
-)
+SHEET = replace(data_sheet.SHEET, nvlink_part=1.0, nvlink_base=0.0, nvlink_hop=SPEC.latency)
 USUAL = {"kernels": "eager", "attention": "flash2", "float32_gradients": False, "overlap": False}
 
 

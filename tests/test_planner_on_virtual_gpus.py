@@ -25,6 +25,7 @@ from course_lib.planner.communication import (
 from course_lib.planner.constants import fitted
 from course_lib.planner.memory import gpu_memory, layer_activations, stage_shares
 from course_lib.planner.timing import step_time
+from data_sheet import SHEET
 
 CONTEXT, WIDTH, HEADS, DEPTH, VOCABULARY = 32, 48, 4, 2, 64
 
@@ -162,20 +163,6 @@ def test_a_block_keeps_the_bytes_that_the_planner_counts(
     masks = 0 if dropout else 2 * WIDTH  # of two dropouts, which the planner counts
     little = 4 * (2 * 2 + HEADS)
     assert kept == counted + layout.tokens * (little - masks)
-
-
-# What the data sheet promises, and each operation for itself: what the virtual GPUs simulate.
-SHEET = replace(
-    fitted(),
-    product_a100=1.0,
-    attention_a100=1.0,
-    wave=0.0,
-    product_traffic=0.0,
-    eager_traffic=1.0,
-    fixed_layer=0.0,
-    host_layer=0.0,
-    step=0.0,
-)
 
 
 @pytest.mark.parametrize(("width", "heads", "depth"), [(4096, 32, 4), (8192, 64, 2)])
