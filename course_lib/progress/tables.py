@@ -19,9 +19,14 @@ def states_of(found: Class, learner: str, lesson: Lesson) -> dict[str, str]:
     return work.states if work else {each.name: MISSING for each in lesson.exercises}
 
 
+def _begun(found: Class, lessons: list[Lesson]) -> list[Lesson]:
+    """Those that somebody has handed in: of a workshop's two, not fourteen that say nothing."""
+    return [each for each in lessons if any(stem == each.stem for _, stem in found.works)]
+
+
 def as_text(found: Class, lessons: list[Lesson]) -> str:
     """A line for each learner, a column for each lesson that somebody has begun."""
-    begun = [each for each in lessons if any(stem == each.stem for _, stem in found.works)]
+    begun = _begun(found, lessons)
     rows = [["learner", *(lesson.number for lesson in begun), "solved"]]
     for learner in found.learners:
         states = [states_of(found, learner, lesson) for lesson in begun]
@@ -34,7 +39,8 @@ def as_text(found: Class, lessons: list[Lesson]) -> str:
 
 
 def write_csv(found: Class, lessons: list[Lesson], path: Path) -> None:
-    """A row for each learner, a column for each exercise of the course, and how many are right."""
+    """A row for each learner: the state of each exercise of those lessons, and how many are right."""
+    lessons = _begun(found, lessons)
     exercises = [f"{lesson.number} {each.name}" for lesson in lessons for each in lesson.exercises]
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
