@@ -39,7 +39,7 @@ def as_text(found: Class, lessons: list[Lesson]) -> str:
 
 
 def write_csv(found: Class, lessons: list[Lesson], path: Path) -> None:
-    """A row for each learner: the state of each exercise of those lessons, and how many are right."""
+    """A row for each learner: the state of each exercise that came, and how many are right."""
     lessons = _begun(found, lessons)
     exercises = [f"{lesson.number} {each.name}" for lesson in lessons for each in lesson.exercises]
     with path.open("w", encoding="utf-8", newline="") as file:
