@@ -161,6 +161,16 @@ def test_links_lead_to_the_same_files_from_their_new_place(tmp_path) -> None:
     assert stage_site.relinked(code, ROOT / "README.md", tmp_path) == code
 
 
+def test_a_page_that_is_linked_to_is_a_page(tmp_path) -> None:
+    """Sphinx takes a link to Markdown for a link to a page, and the web page is not built."""
+    for page in stage_site.pages():
+        stage_site._stage_page(page, tmp_path)
+    for page in tmp_path.rglob("*.md"):
+        for link in re.findall(r"\]\(([^)\s#:]+\.md)[)#]", page.read_text("utf-8")):
+            target = (page.parent / link).resolve()
+            assert target.is_file() and "files" not in target.relative_to(tmp_path).parts, link
+
+
 def test_a_badge_is_words_on_the_page(monkeypatch, tmp_path) -> None:
     known = addresses.Addresses("https://github.com/o/n", "https://o.github.io/n", "1")
     section = addresses.with_addresses("<!-- badges -->\n<!-- /badges -->", known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,9 +27,8 @@ def sources_of(module: str) -> str:
         path = _file(name)
         if name in code or name in _SHOWING or path is None:
             continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        code[name] = ast.unparse(_without_docstrings(tree))  # dump() differs between Pythons
-        waiting += _imports(tree)
+        code[name], imports = _read(path.read_text(encoding="utf-8"))
+        waiting += imports
     own = {name: text for name, text in code.items() if name.startswith(_OWN)}
     rest = {name: text for name, text in code.items() if name not in own}
     return f"{_hash(own)}-{_hash(rest | _data())}"
@@ -58,6 +58,17 @@ def _file(module: str) -> Path | None:
     path = ROOT.joinpath(*module.split("."))
     candidates = path / "__init__.py", path.with_suffix(".py")
     return next((each for each in candidates if each.is_file()), None)
+
+
+@cache
+def _read(text: str) -> tuple[str, tuple[str, ...]]:
+    """A module's code without comments and docstrings, and what it imports of the course.
+
+    Most explorers import the same modules.
+    """
+    tree = ast.parse(text)
+    imports = tuple(_imports(tree))
+    return ast.unparse(_without_docstrings(tree)), imports  # dump() differs between Pythons
 
 
 def _imports(tree: ast.Module) -> Iterator[str]:

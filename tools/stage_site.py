@@ -39,6 +39,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
+    "course_lib/ranks/TRIED.md": "tried.md",
 }
 _LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
 _BADGE = re.compile(r"!\[([^\]]*)\]\(https?://[^)\s]*\)")
@@ -50,12 +51,17 @@ def stage(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     _write_frames(folder)
-    at_the_top = [ROOT / name for name in PAGES if name != "README.md"]  # docs/index.md stands in
-    for page in [*(ROOT / "docs").rglob("*.md"), *at_the_top]:
+    for page in pages():
         _stage_page(page, folder)
     for path in lessons():
         _stage_lesson(path, folder)
     reference_pages.write(folder / "reference")
+
+
+def pages() -> list[Path]:
+    """All files of the repository that become a page, but lessons; docs/index.md is the README."""
+    outside = [ROOT / name for name in PAGES if name != "README.md"]
+    return [*(ROOT / "docs").rglob("*.md"), *outside]
 
 
 # ------------------------------------------------------------------------------------- links
