@@ -17,6 +17,10 @@ RUN apt-get update \
 COPY . /srv/course
 RUN /srv/course/tools/container_setup.sh jupyterhub nbgitpuller
 
+# For a class: docker build --build-arg EDITION=student ... has the lessons without solutions.
+ARG EDITION=complete
+RUN if [ "$EDITION" = student ]; then /srv/course/tools/container_student.sh; fi
+
 ENV OMP_NUM_THREADS=1 \
     COURSE_DEVICES=virtual \
     COURSE_LESSONS=/home/jovyan/my_lessons

@@ -25,9 +25,10 @@ def test_a_student_has_the_hints_and_neither_solutions_nor_outputs(lesson) -> No
 def test_the_key_answers_each_prediction_and_each_exercise(lesson) -> None:
     nb = nbformat.read(lesson, as_version=4)
     key = editions.answer_key([lesson])
-    guesses = [cell for cell in nb.cells if cell.id.startswith("guess-")]
-    assert key.count("### Prediction: ") >= len(guesses) > 0
-    assert "```text\n\n```" not in key, "a prediction without an answer"
+    assert key.count("### Prediction ") == len(editions.guesses(nb)) > 0
+    for answer in editions.answers_of(lesson):
+        assert f"**{answer.outcome}**" in key
+    assert "<IPython" not in key and "<Figure" not in key
     for exercise in exercises(nb):
         assert exercise.solution in key
 

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -82,7 +83,8 @@ def test_links_have_the_forms_that_the_services_ask_for() -> None:
 @pytest.mark.parametrize("on_colab", [True, False], ids=["colab", "hub"])
 @pytest.mark.parametrize("lesson", lessons(), ids=lambda path: path.stem)
 def test_a_hosted_lesson_installs_the_course_and_leads_on(lesson: Path, on_colab: bool) -> None:
-    nb = nbformat.reads(dumps(hosted.hosted_edition(lesson, KNOWN, on_colab)), as_version=4)
+    made = hosted.hosted_edition(lab.without_outputs(lesson), KNOWN, on_colab)
+    nb = nbformat.reads(dumps(made), as_version=4)
     assert nb.cells[1].id == "get-the-course" and KNOWN.wheel in nb.cells[1].source
     assert all(not cell.get("outputs") for cell in nb.cells)
     text = "\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
@@ -105,10 +107,15 @@ def test_the_hosted_edition_needs_an_address(monkeypatch, tmp_path) -> None:
     with pytest.raises(SystemExit, match=r"set \[project.urls\]"):
         hosted.main([str(tmp_path)])
     monkeypatch.setattr(hosted, "addresses", lambda: KNOWN)
+    monkeypatch.setattr(hosted, "lessons", lambda: lessons()[:1])
     hosted.main([str(tmp_path)])
-    assert sorted(path.name for path in (tmp_path / "hub").iterdir()) == [
-        path.name for path in lessons()
-    ]
+    (lesson,) = (path.name for path in lessons()[:1])
+    made = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.ipynb")}
+    assert made == {f"{kind}/{lesson}" for kind in ("lessons/colab", "lessons/hub", "student/hub")}
+    with_solutions = (tmp_path / "lessons" / "hub" / lesson).read_text("utf-8")
+    without = (tmp_path / "student" / "hub" / lesson).read_text("utf-8")
+    assert "<summary>Solution" in with_solutions and "<summary>Solution" not in without
+    assert KNOWN.wheel in without
 
 
 def test_a_copy_outside_of_the_repository_has_no_link_into_it(tmp_path) -> None:
@@ -147,7 +154,8 @@ def test_another_pytorch_is_named_with_what_to_do(version: str) -> None:
 # --------------------------------------------------------------------------- containers
 
 SCRIPTS = [
-    "tools/container_setup.sh", "tools/container_start.sh", ".binder/postBuild", ".binder/start",
+    "tools/container_setup.sh", "tools/container_student.sh", "tools/container_start.sh",
+    ".binder/postBuild", ".binder/start",
 ]  # fmt: skip
 
 
@@ -173,9 +181,10 @@ def test_the_image_takes_what_is_there_and_gives_up_root() -> None:
     assert words["USER"] == "1000"
     settings = dict(pair.split("=") for pair in words["ENV"].split())
     assert settings["OMP_NUM_THREADS"] == "1" and settings["COURSE_DEVICES"] == "virtual"
-    for name in ("RUN", "ENTRYPOINT"):
-        for path in re.findall(r"/srv/course/([\w./]+)", words[name]):
-            assert (ROOT / path).is_file(), path
+    scripts = " ".join(rest for name, rest in found if name in ("RUN", "ENTRYPOINT"))
+    for path in re.findall(r"/srv/course/([\w./]+)", scripts):
+        assert (ROOT / path).is_file(), path
+    assert words["ARG"] == "EDITION=complete" and names.index("ARG") < names.index("USER")
     command = json.loads(words["CMD"])
     (first,) = [each.rpartition("/")[2] for each in command if each.endswith(".ipynb")]
     assert (ROOT / "notebooks" / first).is_file()
@@ -199,18 +208,52 @@ def test_the_devcontainer_opens_a_working_copy() -> None:
         assert (ROOT / path).is_file(), path
 
 
-def test_a_container_starts_with_copies_in_the_learners_own_folder(tmp_path) -> None:
-    kept = tmp_path / "mine"
+@pytest.fixture
+def image(tmp_path) -> Path:
+    """The files of an image, with two lessons."""
+    course = tmp_path / "course"
+    for name in ("tools", "docs/teaching/lessons"):
+        shutil.copytree(ROOT / name, course / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (course / "notebooks").mkdir()
+    (course / "tests").mkdir()
+    for name in (*lessons()[:2], ROOT / "pyproject.toml"):
+        shutil.copy(name, course / name.relative_to(ROOT))
+    return course
+
+
+def run_in(image: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    started = subprocess.run(
-        ["bash", ROOT / "tools" / "container_start.sh", "echo", "then", "this"],
-        env=os.environ | {"COURSE_LESSONS": str(kept), "PATH": path},
+    mine = {"COURSE_LESSONS": str(image.parent / "mine"), "PATH": path, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        ["bash", image / "tools" / script, *arguments],
+        env=os.environ | mine,
         capture_output=True,
         text=True,
     )
+
+
+def test_a_container_starts_with_copies_in_the_learners_own_folder(image: Path) -> None:
+    started = run_in(image, "container_start.sh", "echo", "then", "this")
     assert started.returncode == 0, started.stderr
     assert started.stdout == "then this\n"
-    assert sorted(path.name for path in kept.iterdir()) == [path.name for path in lessons()]
+    copies = sorted((image.parent / "mine").iterdir())
+    assert [path.name for path in copies] == [path.name for path in lessons()[:2]]
+    assert all("<summary>Solution" in path.read_text("utf-8") for path in copies)
+
+
+def test_an_image_for_students_has_no_solution_and_a_clone_keeps_its_own(image: Path) -> None:
+    (image / ".git").mkdir()
+    refused = run_in(image, "container_student.sh")
+    assert refused.returncode == 1 and "never in a clone" in refused.stderr
+    assert (image / "tests").exists()
+
+    (image / ".git").rmdir()
+    made = run_in(image, "container_student.sh")
+    assert made.returncode == 0, made.stderr
+    for lesson in (image / "notebooks").iterdir():
+        assert "<summary>Hint" in (text := lesson.read_text("utf-8"))
+        assert "<summary>Solution" not in text
+    assert not any((image / name).exists() for name in ("build", "tests", "docs/teaching/lessons"))
 
 
 def test_the_page_about_hubs_has_settings_that_can_be_read() -> None:

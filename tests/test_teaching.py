@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from editions import GUESS, answers_of, guesses
 from notebook_tools import NOTEBOOKS, ROOT, lessons, said
 
 GUIDE = (ROOT / "docs" / "teaching" / "README.md").read_text(encoding="utf-8")
@@ -70,12 +71,40 @@ def test_nobody_sits_for_more_than_two_hours_without_a_break(title: str) -> None
 ROWS = [(title, *row[1:]) for title, rows in PATHS.items() for row in rows if row[1][0] == "["]
 
 
-@pytest.mark.parametrize("title, what, first, last, how", ROWS)
-def test_a_row_names_headings_of_its_lesson_in_their_order(title, what, first, last, how) -> None:
+of_each_row = pytest.mark.parametrize("title, what, first, last, how, predictions", ROWS)
+
+
+@of_each_row
+def test_a_row_names_headings_of_its_lesson_in_their_order(
+    title, what, first, last, how, predictions
+) -> None:
     (lesson,) = re.findall(r"notebooks/(\S+\.ipynb)\)", what)
     found = headings(lesson)
     assert found.index(first) <= found.index(last)
     assert how in ("together", "show", "alone")
+
+
+@of_each_row
+def test_a_row_says_which_predictions_it_meets_and_which_it_leaves_open(
+    title, what, first, last, how, predictions
+) -> None:
+    (lesson,) = re.findall(r"notebooks/(\S+\.ipynb)\)", what)
+    numbers = {
+        name: number
+        for number, (name, _) in enumerate(guesses(nbformat.read(NOTEBOOKS / lesson, 4)), 1)
+    }
+    asked = [name for source in sources(lesson, first, last) for name, _ in GUESS.findall(source)]
+    rows = [row[2:4] for row in ROWS if row[:2] == (title, what)]
+    run = re.findall(r"\bguess_\w+", "\n".join("\n".join(sources(lesson, *row)) for row in rows))
+    is_open = [numbers[name] for name in asked if run.count(name) == 1]
+    expected = in_words([numbers[name] for name in asked])
+    assert predictions == expected + (f" (tell {in_words(is_open)})" if is_open else "")
+
+
+def in_words(numbers: list[int]) -> str:
+    """Numbers in a row, as the guide has them."""
+    assert numbers == list(range(1, max(numbers, default=0) + 1))[-len(numbers) :] or not numbers
+    return f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 2 else ", ".join(map(str, numbers))
 
 
 NOTES = sorted((ROOT / "docs" / "teaching" / "lessons").glob("*.md"))
@@ -109,10 +138,12 @@ def test_notes_have_the_parts_that_a_teacher_looks_for(notes: Path) -> None:
 
 
 @pytest.mark.parametrize("notes", NOTES, ids=lambda path: path.stem)
-def test_a_result_that_notes_name_stands_in_the_lesson(notes: Path) -> None:
-    text = notes.read_text("utf-8")
-    results = [row.split("|")[2] for row in text.splitlines() if row.startswith("| ")][1:]
+def test_each_guess_is_answered_by_a_result_that_stands_in_the_lesson(notes: Path) -> None:
     nb = lesson_of(notes)
+    (path,) = NOTEBOOKS.glob(f"{notes.stem}_*.ipynb")
+    answers = answers_of(path)
+    assert len(answers) == len(guesses(nb)) > 0, "a row for each guess of the lesson"
+    results = [answer.outcome for answer in answers]
     everything = "\n".join(cell_text(cell) for cell in nb.cells)
     for number in WITH_UNIT.findall("\n".join(results)):
         assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", everything), number
@@ -135,8 +166,10 @@ def cell_text(cell: nbformat.NotebookNode) -> str:
     return "\n".join([cell.source, said(cell) if outputs else "", *tables])
 
 
-@pytest.mark.parametrize("title, what, first, last, how", ROWS)
-def test_a_row_answers_no_guess_that_the_path_did_not_ask(title, what, first, last, how) -> None:
+@of_each_row
+def test_a_row_answers_no_guess_that_the_path_did_not_ask(
+    title, what, first, last, how, predictions
+) -> None:
     """A cell that prints a guess beside its result stops where nobody was asked for one."""
     (lesson,) = re.findall(r"notebooks/(\S+\.ipynb)\)", what)
     rows = [row[2:4] for row in ROWS if row[:2] == (title, what)]

@@ -23,7 +23,8 @@ from urllib.parse import quote, urlencode
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 FIRST = "00_meet_your_gpus.ipynb"
-BRANCH = "lessons"  # where the workflow puts what tools/hosted.py makes
+# Where the workflow puts what tools/hosted.py makes: with solutions, and without.
+BRANCH, STUDENT_BRANCH = "lessons", "student"
 _UNKNOWN = "<the address of this repository>"
 _BADGES = re.compile(r"(<!-- badges -->\n).*?(<!-- /badges -->)", re.DOTALL)
 _CLONE = re.compile(r"(?<=git clone ).*(?= multi-gpu-by-hand$)", re.MULTILINE)
@@ -63,12 +64,12 @@ class Addresses:
             f"{self.owner_and_name}/blob/{BRANCH}/colab/{lesson}"
         )
 
-    def hub(self, hub: str) -> str:
+    def hub(self, hub: str, branch: str = BRANCH) -> str:
         """What learners of the JupyterHub at the address ``hub`` click: nbgitpuller fetches all."""
         folder = self.owner_and_name.partition("/")[2]
         query = {
             "repo": self.repository,
-            "branch": BRANCH,
+            "branch": branch,
             "urlpath": f"lab/tree/{folder}/hub/{FIRST}",
         }
         return f"{hub.rstrip('/')}/hub/user-redirect/git-pull?{urlencode(query, quote_via=quote)}"

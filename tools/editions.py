@@ -3,7 +3,8 @@
     python tools/editions.py FOLDER
 
 ``FOLDER/student`` gets each lesson without outputs and without solutions, ``FOLDER/answers.md`` the
-answers: what each prediction came to, and the hint and the solution of each exercise.
+answers: what each prediction came to, and the hint and the solution of each exercise. In words a
+prediction is answered by the notes for teachers, docs/teaching/lessons/.
 """
 
 from __future__ import annotations
@@ -11,15 +12,39 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
 
 from lab import without_outputs
-from notebook_tools import dumps, exercises, lessons, said
+from notebook_tools import ROOT, dumps, exercises, lessons, said
 
 GUESS = re.compile(r"^(guess_\w+) = None(?:  # (.*))?$", re.MULTILINE)
+_ROW = re.compile(r"^\| \d+ \| (.+?) \| (.+?) \| (.*?) ?\|$", re.MULTILINE)
+_OBJECT = re.compile(r"<(Figure|IPython)")  # what stands for a picture or a table
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prediction in the notes for teachers: what is asked, what comes out, and what tempts."""
+
+    asked: str
+    outcome: str
+    tempting: str
+
+
+def answers_of(lesson: Path) -> list[Answer]:
+    """One for each guess of the lesson, in their order."""
+    notes = ROOT / "docs" / "teaching" / "lessons" / f"{lesson.name[:2]}.md"
+    return [Answer(*row) for row in _ROW.findall(notes.read_text(encoding="utf-8"))]
+
+
+def guesses(nb: NotebookNode) -> list[tuple[str, str]]:
+    """The name and the question of each guess of a lesson, in their order."""
+    code = (cell.source for cell in nb.cells if cell.cell_type == "code")
+    return [guess for source in code for guess in GUESS.findall(source)]
 
 
 def student_edition(lesson: Path) -> NotebookNode:
@@ -40,7 +65,7 @@ def answer_key(paths: list[Path]) -> str:
     for path in paths:
         nb = nbformat.read(path, as_version=4)
         parts.append(f"## {_title(nb)}")
-        parts += _predictions(nb)
+        parts += _predictions(nb, answers_of(path))
         for exercise in exercises(nb):
             parts += [
                 f"### Exercise: {_heading(nb, exercise.stub_index)}",
@@ -50,15 +75,16 @@ def answer_key(paths: list[Path]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _predictions(nb: NotebookNode) -> Iterator[str]:
-    """Each guess with the lines that answer it, as the committed lesson prints them."""
-    code = [cell for cell in nb.cells if cell.cell_type == "code"]
-    for cell in code:
-        for name, asked in GUESS.findall(cell.source):
-            uses = [other for other in code if other is not cell and name in other.source]
-            lines = "\n".join(map(said, uses)).splitlines()
-            text = "\n".join(line for line in lines if not line.startswith("<Figure"))
-            yield f"### Prediction: {asked or name}\n\n```text\n{text}\n```"
+def _predictions(nb: NotebookNode, answers: list[Answer]) -> Iterator[str]:
+    """Each guess, its answer in words, and the lines that the committed lesson prints."""
+    for number, ((name, asked), answer) in enumerate(zip(guesses(nb), answers, strict=True), 1):
+        tempting = f" (Tempting: {answer.tempting}.)" if answer.tempting else ""
+        yield f"### Prediction {number}: {asked or answer.asked}\n\n**{answer.outcome}**{tempting}"
+        uses = [cell for cell in nb.cells if cell.cell_type == "code" and name in cell.source]
+        lines = "\n".join(said(cell) for cell in uses).splitlines()
+        text = "\n".join(line for line in lines if not _OBJECT.match(line)).strip("\n")
+        if text:
+            yield f"```text\n{text}\n```"
 
 
 def _title(nb: NotebookNode) -> str:

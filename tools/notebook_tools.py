@@ -29,8 +29,6 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbformat import NotebookNode
 from PIL import Image
 
-from course_lib.progress.lessons import definitions_of
-
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 METADATA = {
@@ -352,6 +350,8 @@ def without_measurements(nb: NotebookNode) -> NotebookNode:
     whose definition computes nothing: what a solution may use. What the lesson measures and draws
     takes minutes, and nbval runs it.
     """
+    from course_lib.progress.lessons import definitions_of  # and PyTorch: the rest does without
+
     nb = copy.deepcopy(nb)
     for cell in nb.cells[: min(exercise.stub_index for exercise in exercises(nb))]:
         if cell.cell_type == "code" and cell.id != "setup":

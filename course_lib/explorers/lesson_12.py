@@ -12,8 +12,15 @@ from course_lib.parallel.all_reduce_costs import (
     ring_seconds,
     tree_seconds,
 )
+from course_lib.parallel.double_tree_costs import double_tree_seconds
 
-FORMULAS = {"ring": ring_seconds, "tree": tree_seconds, "levels": hierarchical_seconds}
+FORMULAS = {
+    "ring": ring_seconds,
+    "tree": tree_seconds,
+    "levels": hierarchical_seconds,
+    "two trees": double_tree_seconds,
+}
+DASHES = "-", "--", "-.", ":"
 
 
 def explore_nodes() -> Explorer:
@@ -28,7 +35,7 @@ def explore_nodes() -> Explorer:
             name: [formula(spec, nodes, size, nbytes) for nbytes in sizes]
             for name, formula in FORMULAS.items()
         }
-        for (name, line), dashes in zip(seconds.items(), ("-", "--", "-."), strict=True):
+        for (name, line), dashes in zip(seconds.items(), DASHES, strict=True):
             ax.loglog(sizes, [each * 1e3 for each in line], dashes, label=name)
         ax.set(xlabel="bytes of a tensor", ylabel="milliseconds")
         ax.set_title(
