@@ -338,6 +338,11 @@ def renewed(make, drawn: list[int], sources: str, monkeypatch) -> int:
 def test_pictures_are_drawn_anew_as_far_as_they_may_have_changed(kept, monkeypatch) -> None:
     make, drawn = kept
     first = 1  # the explorer itself draws where it starts
+    monkeypatch.setattr(explorer_frames, "makers", lambda: {"explore": make})
+    assert explorer_frames.stale() == {}
+    for sources, must_be_drawn in (("a-2", False), ("b-1", True)):
+        monkeypatch.setattr(explorer_frames, "sources_of", lambda module, now=sources: now)
+        assert explorer_frames.stale() == {"explore": must_be_drawn}
     assert renewed(make, drawn, "a-1", monkeypatch) == 0, "nothing has changed"
     assert renewed(make, drawn, "a-2", monkeypatch) == first + 2, "a sample is as it was"
     assert renewed(make, drawn, "b-2", monkeypatch) == first + 5, "its own code is another"

@@ -161,14 +161,18 @@ def _bytes_on_the_page(path: Path) -> int:
     return path.stat().st_size * 4 // 3  # base64
 
 
-def stale() -> list[str]:
-    """The explorers whose code, or what it imports, has changed since their pictures were kept."""
-    return [
-        name
-        for name, make in makers().items()
-        if not frames.path_of(name).exists()
-        or frames.read(frames.path_of(name)).sources != sources_of(make.__module__)
-    ]
+def stale() -> dict[str, bool]:
+    """The explorers whose code, or what it imports, has changed since their pictures were kept.
+
+    True: all of it must be drawn anew. False: a sample tells whether it must be.
+    """
+    found = {}
+    for name, make in makers().items():
+        path, sources = frames.path_of(name), sources_of(make.__module__)
+        kept = frames.read(path).sources if path.exists() else ""
+        if kept != sources:
+            found[name] = not is_of_the_same_explorer(kept, sources)
+    return found
 
 
 def main(names: list[str]) -> None:

@@ -249,12 +249,13 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 1:
         raise SystemExit("say where it goes: python tools/stage_site.py FOLDER")
     stage(Path(arguments[0]))
-    old = explorer_frames.stale()
-    if old:
-        print(
-            f"The code below these explorers has changed since they were drawn: {', '.join(old)}. "
-            "`make frames` draws a sample of each, and all of it where the sample looks different."
+    for name, is_another in explorer_frames.stale().items():
+        what = (
+            "its own code has changed: `make frames` draws all of it anew"
+            if is_another
+            else "code below it has changed: `make frames` draws a sample, which says if it looks the same"
         )
+        print(f"{name}: {what}")
 
 
 if __name__ == "__main__":

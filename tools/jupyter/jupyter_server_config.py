@@ -5,6 +5,8 @@ the next day; saved without its live part, it is its picture, and a line that sa
 sliders back.
 """
 
+import warnings
+
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
@@ -19,6 +21,8 @@ def keep_pictures(model: dict, **details: object) -> None:
                 data.pop(WIDGET_VIEW, None)
 
 
+# Jupyter takes its settings in twice, and would warn of the second time.
+warnings.filterwarnings("ignore", message="Overriding existing pre_save_hook")
 # Jupyter defines it where it reads this file.
 c = get_config()  # type: ignore[name-defined]  # noqa: F821
 c.ContentsManager.pre_save_hook = keep_pictures
