@@ -253,7 +253,7 @@ def main(arguments: list[str]) -> None:
         what = (
             "its own code has changed: `make frames` draws all of it anew"
             if is_another
-            else "code below it has changed: `make frames` draws a sample, which says if it looks the same"
+            else "code below it has changed: `make frames` draws a sample, to see if it looks alike"
         )
         print(f"{name}: {what}")
 
