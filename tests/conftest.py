@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import signal
 from collections.abc import Iterator
 
@@ -34,7 +35,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector what was imported."""
+    """Spare the garbage collector what was imported.
+
+    The first optimizer imports ``torch._dynamo``, which is as large again as the rest of PyTorch.
+    """
+    importlib.import_module("torch._dynamo")
     gc.collect()
     gc.freeze()
 

@@ -157,21 +157,20 @@ def test_in_bfloat16_it_is_as_exact_as_attention_on_one_gpu() -> None:
     assert error < 1.5 * usual
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_in_bfloat16_its_gradients_are_summed_in_float32(causal: bool) -> None:
+def test_in_bfloat16_its_gradients_are_summed_in_float32() -> None:
     gpus = devices(4)
-    whole = [each.detach().bfloat16().requires_grad_() for each in queries_keys_values(256, K=16)]
-    gradient = torch.randn(2, 3, 256, 16).bfloat16()
+    whole = [each.detach().bfloat16().requires_grad_() for each in queries_keys_values(128, K=16)]
+    gradient = torch.randn(2, 3, 128, 16).bfloat16()
 
     def gradients(function, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         out = function(*tensors)
         return torch.autograd.grad(out, tensors, gradient.to(out.dtype))
 
     exact = gradients(
-        lambda *each: full_attention(*each, causal),
+        lambda *each: full_attention(*each, False),
         [each.detach().double().requires_grad_() for each in whole],
     )
-    ours = gradients(lambda *each: in_a_ring(list(each), gpus, causal, tile=4), whole)
+    ours = gradients(lambda *each: in_a_ring(list(each), gpus, False, tile=4), whole)
     for right, one in zip(exact, ours, strict=True):
         assert one.dtype == torch.bfloat16
         # About one rounding, however many tiles: summed in bfloat16 it would be two or three.

@@ -30,7 +30,7 @@ def groups(draw: st.DrawFn) -> tuple[int, int, list[int], int, tuple[int, ...]]:
     return nodes, size, ranks, root, tuple(draw(st.lists(st.integers(0, 5), max_size=3)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(groups())
 def test_whoever_takes_part_has_the_tensor_of_the_root(group):
     nodes, size, ranks, root, shape = group
@@ -43,7 +43,7 @@ def test_whoever_takes_part_has_the_tensor_of_the_root(group):
         assert all(torch.equal(tensor.cpu(), originals[root]) for tensor in tensors)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(groups())
 def test_the_root_has_the_sum_of_all(group):
     nodes, size, ranks, root, shape = group

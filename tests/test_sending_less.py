@@ -251,16 +251,16 @@ def test_a_late_outer_step_is_that_of_the_meeting_and_keeps_the_way_since(
     run = OverlappedTraining(replicate(model, gpus), lambda p: SGD(p, lr=0.1), period, delay, outer)
     gradients = torch.randn(13, 3, dtype=torch.float64).tolist()
     seen = late_outer_steps_by_hand([2.0] * 3, gradients, period, delay, rate, momentum)
-    for of_ranks, (places, anchor) in zip(gradients, seen, strict=True):
-        xs = [
-            torch.tensor([[g]], dtype=torch.float64).to(gpu)
-            for g, gpu in zip(of_ranks, gpus, strict=True)
-        ]
-        with course_lib.trace(strict=True):  # no wait is missing
+    with course_lib.trace(strict=True):  # no wait is missing
+        for of_ranks, (places, anchor) in zip(gradients, seen, strict=True):
+            xs = [
+                torch.tensor([[g]], dtype=torch.float64).to(gpu)
+                for g, gpu in zip(of_ranks, gpus, strict=True)
+            ]
             run.step(xs, xs, lambda out, _: out.sum())  # of which the gradient is x
-        ours = [replica.weight.item() for replica in run.replicas]
-        assert ours == pytest.approx(places, rel=1e-12)
-        assert [each.item() for each in run.anchors] == pytest.approx([anchor] * 3, rel=1e-12)
+            ours = [replica.weight.item() for replica in run.replicas]
+            assert ours == pytest.approx(places, rel=1e-12)
+            assert [each.item() for each in run.anchors] == pytest.approx([anchor] * 3, rel=1e-12)
 
 
 def test_anchors_are_bit_identical_and_replicas_are_not_while_a_sum_is_late():
