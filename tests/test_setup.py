@@ -11,6 +11,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import course_lib.virtual
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REQUIRED = [Requirement(line) for line in PROJECT["dependencies"]]
@@ -112,3 +114,13 @@ def test_importing_the_methods_loads_no_matplotlib():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_way_into_virtual_names_every_module_and_its_core_is_short():
+    folder = ROOT / "course_lib/virtual"
+    listed = re.findall(r"^\* ``(\w+)``", course_lib.virtual.__doc__, re.MULTILINE)
+    there = {path.stem for path in folder.iterdir()} - {"__init__", "__pycache__", "MEASURED"}
+    assert sorted(listed) == sorted(there)
+    core = listed[: listed.index("execution") + 1]
+    lines = sum(len((folder / f"{name}.py").read_text().splitlines()) for name in core)
+    assert lines <= 1800  # a line a second

@@ -1,30 +1,35 @@
 """Virtual GPUs: a PyTorch device type, ``vgpu``, written in Python.
 
-How it works, in the order to read it:
+The core, in the order to read it; it takes half an hour:
 
-* ``network``  what joins machines: network cards, and which GPU uses which;
-* ``achieved``  what of a data sheet measured training reaches;
 * ``spec``     what a GPU can do: speeds and sizes, as data;
 * ``tasks``    operations whose times are not known yet, and the order in which they get them;
 * ``streams``  queues of work, events, and what waits for what;
 * ``clock``    simulated time: how long each thing takes, and when it runs;
-* ``hazards``  waits between streams that a program lacks;
 * ``memory``   bytes in use on each device;
-* ``pinned``   host memory that can be copied from while the host goes on;
-* ``host_copies``  copies that the host does not wait for, and what it does too early with them;
 * ``machine``  the simulated computer: all its state, which is swapped whole;
 * ``cost``     the operations and bytes of one operator;
-* ``operators``  one operator: what it does to its arguments, and who runs it;
-* ``storages``  what ``untyped_storage()`` gives;
-* ``room``     whether what an operator returns will fit, asked before it runs;
 * ``tensor``   the tensor: numbers inside, a device's rules around them;
+* ``execution``  unwrap, check, run on the backing device, wrap, account.
+
+What the core rests on, each for whoever needs it:
+
+* ``operators``  one operator: what it does to its arguments, and who runs it;
 * ``arguments``  the tensors among an operator's arguments, and whether they may come together;
-* ``execution``  unwrap, check, run on the backing device, wrap, account;
-* ``known_forms``  what an operator answered before, where there are no numbers;
+* ``room``     whether what an operator returns will fit, asked before it runs;
+* ``storages``  what ``untyped_storage()`` gives;
 * ``copies``   to and from the device, and the reads that make the host wait;
+* ``pinned``   host memory that can be copied from while the host goes on;
+* ``host_copies``  copies that the host does not wait for, and what it does too early with them;
+* ``hazards``  waits between streams that a program lacks;
 * ``special_operators``  indices, dropout and others that do more than compute;
 * ``random_states``  a generator whose state is CUDA's, a seed and an offset;
 * ``generators``  each device's random numbers;
+* ``network``  what joins machines: network cards, and which GPU uses which;
+* ``achieved``  what of a data sheet measured training reaches;
+* ``known_forms``  what an operator answered before, where there are no numbers;
+* ``paper``    GPUs without tensors, a thousand of them: their clocks and links alone;
+* ``paper_tensor``  what collectives sum and send there: a size;
 * ``backend``  what tells PyTorch that all this is a device;
 * ``adapters`` one file for each part of PyTorch that takes for granted what devices there are:
   ``torch.accelerator``, attention, autocast, Ctrl-C, ``Module.to``, ``torch.load`` and so on.
