@@ -119,7 +119,7 @@
 
   // What is wider than the screen scrolls by itself, so the keyboard must be able to reach it.
   function reachable() {
-    const boxes = "article pre, article table, article .table-wrapper, article .math";
+    const boxes = "article pre, article table, article .table-wrapper, article .math, .map";
     for (const box of document.querySelectorAll(boxes)) {
       if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
       else box.removeAttribute("tabindex");
@@ -127,4 +127,9 @@
   }
   reachable();
   addEventListener("resize", reachable);
+
+  // On a phone the map is wider than the screen: its trunk, the first lessons, is in the middle.
+  for (const map of document.querySelectorAll(".map")) {
+    map.scrollLeft = (map.scrollWidth - map.clientWidth) / 2;
+  }
 })();
