@@ -13,7 +13,8 @@ from course_lib.exercises.stage_memory import PIPELINES, held
 from course_lib.planner import MODELS, Layout, cluster, gpt, plan
 from course_lib.planner.communication import Network, layer_collectives, stage_sends
 from course_lib.planner.constants import fitted
-from course_lib.planner.memory import gpu_memory, in_flight, layer_activations, stage_shares
+from course_lib.planner.activations import in_flight, layer_activations
+from course_lib.planner.memory import gpu_memory, stage_shares
 from course_lib.planner.published import runs
 from course_lib.planner.timing import StepTime, idle
 

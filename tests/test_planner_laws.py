@@ -16,7 +16,8 @@ from course_lib.planner import GPUS, MODELS, Layout, Model, cluster, from_config
 from course_lib.planner.communication import Network, layer_collectives, state_collectives
 from course_lib.planner.constants import fitted
 from course_lib.planner.layer_work import LayerTimes
-from course_lib.planner.memory import gpu_memory, in_flight, layer_activations, stage_shares
+from course_lib.planner.activations import in_flight, layer_activations
+from course_lib.planner.memory import gpu_memory, stage_shares
 from course_lib.planner.published import runs
 from course_lib.planner.rows import read
 from course_lib.planner.timing import idle, step_time
@@ -191,7 +192,7 @@ def test_replicas_send_what_lesson_08_counts(stage: int, sent: float) -> None:
     model = gpt("a GPT", 4, 1024, 16)
     layout = replace(ONE, batch=8, data=8, sharded=stage, microbatch=1)
     network, shares = Network(cluster("A100", 8), fitted()), stage_shares(model, layout, 0)
-    found = state_collectives(model, layout, network, shares)
+    found = state_collectives(layout, network, shares)
     total = sum(each.count * each.bytes for each in found)
     assert total == pytest.approx(sent * model.parameters * 7 / 8)
 

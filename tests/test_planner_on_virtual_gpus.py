@@ -23,7 +23,8 @@ from course_lib.planner.communication import (
     state_collectives,
 )
 from course_lib.planner.constants import fitted
-from course_lib.planner.memory import gpu_memory, layer_activations, stage_shares
+from course_lib.planner.activations import layer_activations
+from course_lib.planner.memory import gpu_memory, stage_shares
 from course_lib.planner.timing import step_time
 from data_sheet import SHEET
 
@@ -40,7 +41,7 @@ def sent(model: Model, stage: int) -> dict[str, float]:
     """Bytes that the planner says one of four replicas sends in a step, by what travels."""
     layout = Layout(8, CONTEXT, data=4, sharded=stage, microbatch=2)
     shares = stage_shares(model, layout, 0)
-    found = state_collectives(model, layout, Network(cluster("A100", 4), fitted()), shares)
+    found = state_collectives(layout, Network(cluster("A100", 4), fitted()), shares)
     return {each.name: each.count * each.bytes for each in found}
 
 

@@ -13,7 +13,7 @@ from course_lib.exercises.cluster_tasks import TASKS, TOLERANCE, fastest, judge,
 from course_lib.exercises.stage_memory import PIPELINES, held, mistake_of
 from course_lib.exercises.verdict import Verdict, Wrong, check, require_number, right
 from course_lib.planner import MODELS, Layout, Model, Plan, cluster, search
-from course_lib.planner.memory import layer_activations
+from course_lib.planner.activations import layer_activations
 
 # Sizes as their authors publish them, in the words of a config.json.
 CONFIGS: dict[str, dict[str, Any]] = {

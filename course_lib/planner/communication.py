@@ -131,9 +131,7 @@ def end_collectives(model: Model, layout: Layout, network: Network) -> list[Coll
     ]
 
 
-def shared_collectives(
-    model: Model, layout: Layout, network: Network, shares: Shares
-) -> list[Collective]:
+def shared_collectives(layout: Layout, network: Network, shares: Shares) -> list[Collective]:
     """What sequence parallelism sums once a step: gradients of what all its GPUs have alike.
 
     Norms, biases of the products that end a region, learned positions: each GPU has the gradient of
@@ -141,11 +139,7 @@ def shared_collectives(
     """
     if not layout.sequence_parallel:
         return []
-    alike = (6 if model.biased else 2) * model.hidden
-    numbers = shares.layers * alike
-    if layout.pipeline == 1:
-        numbers += (model.positions + (2 if model.biased else 1)) * model.hidden
-    size = numbers * (4.0 if layout.float32_gradients else 2.0)
+    size = shares.alike * (4.0 if layout.float32_gradients else 2.0)
     return [network.ring("shared gradients", size, layout.tensor, 1, 2, 1.0)]
 
 
@@ -177,17 +171,31 @@ def stage_sends(model: Model, layout: Layout, network: Network) -> list[Collecti
     return sends
 
 
-def state_collectives(
-    model: Model, layout: Layout, network: Network, shares: Shares
+def state_collectives(layout: Layout, network: Network, shares: Shares) -> list[Collective]:
+    """What the replicas send in a step: gradients, and parameters where they are sharded.
+
+    Experts that are split are on fewer GPUs: those that have the same ones exchange them.
+    """
+    stride, members = layout.tensor, layout.data * layout.context
+    dense = replace(shares, parameters=shares.parameters - shares.experts)
+    found = _exchange(layout, network, dense, members, layout.shards, stride)
+    if shares.experts:
+        own, fewer = replace(shares, parameters=shares.experts), members // layout.expert
+        of_experts = _exchange(
+            layout, network, own, fewer, layout.expert_shards, stride * layout.expert
+        )
+        found += [replace(each, name="experts' " + each.name) for each in of_experts]
+    return found
+
+
+def _exchange(
+    layout: Layout, network: Network, shares: Shares, members: int, shards: int, stride: int
 ) -> list[Collective]:
-    """What the replicas send in a step: gradients, and parameters where they are sharded."""
-    stride = layout.tensor
-    members = layout.data * layout.context
+    """The same for parameters that ``members`` GPUs have, ``stride`` apart."""
     if members == 1:
         return []
     gradients = shares.parameters * (4.0 if layout.float32_gradients else 2.0)
     weights = shares.parameters * 2.0
-    shards = layout.shards
     if not layout.sharded:
         return [network.ring("gradients", gradients, members, stride, 2, 1.0)]
     rounds = float(layout.rounds)

@@ -119,6 +119,11 @@ class Layout:
         return replicas * self.context if self.sharded else 1
 
     @property
+    def expert_shards(self) -> int:
+        """The same for the state of experts, of which fewer GPUs have the same ones."""
+        return max(1, self.shards // self.expert)
+
+    @property
     def rounds(self) -> int:
         """How often in a step gradients of ZeRO-2 and 3 are scattered, and weights of 3 gathered.
 

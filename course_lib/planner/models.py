@@ -84,11 +84,16 @@ class Model:
         return (3 if self.gated else 2) * self.hidden * self.ffn + biases
 
     @property
+    def router_parameters(self) -> int:
+        """Parameters that choose a token's experts in one layer."""
+        return self.hidden * self.experts if self.experts > 1 else 0
+
+    @property
     def layer_parameters(self) -> int:
         """Parameters of one layer: attention, all of its experts, router and two norms."""
-        router = self.hidden * self.experts if self.experts > 1 else 0
         norms = 2 * self.hidden * (2 if self.biased else 1)
-        return self.attention_parameters + self.experts * self.expert_parameters + router + norms
+        experts = self.experts * self.expert_parameters
+        return self.attention_parameters + experts + self.router_parameters + norms
 
     @property
     def embedding_parameters(self) -> int:

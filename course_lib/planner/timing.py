@@ -82,8 +82,8 @@ def step_time(model: Model, cluster: Cluster, layout: Layout, constants: Constan
     bubble = idle(layout, usual, (forward * layers).total, (backward * layers).total)
 
     shares = stage_shares(model, layout, 0)
-    states = state_collectives(model, layout, network, shares)
-    states += shared_collectives(model, layout, network, shares)
+    states = state_collectives(layout, network, shares)
+    states += shared_collectives(layout, network, shares)
     behind = work * count if layout.sharded == 3 else (backward + again) * layers
     if layout.sharded == 2:
         behind *= layout.rounds
@@ -127,7 +127,7 @@ def idle(layout: Layout, microbatch: float, forward: float, backward: float) -> 
 
 def _update(model: Model, cluster: Cluster, layout: Layout, times: LayerTimes) -> float:
     """Seconds of Adam's update: it reads gradient, weight and two averages, and writes three."""
-    owned = stage_shares(model, layout, 0).parameters / layout.shards
+    owned = stage_shares(model, layout, 0).owned(layout)
     return times.moving(owned * (4 * 4 + 3 * 4 + 2))
 
 
