@@ -10,10 +10,15 @@ import pytest
 
 import test_lessons_equal_modules as lessons
 from course_lib.exercises.stage_memory import PIPELINES, held
-from course_lib.planner import MODELS, Layout, cluster, gpt, plan
+from course_lib.planner import MODELS, Layout, Model, cluster, gpt, plan
+from course_lib.planner.activations import (
+    in_backward,
+    in_flight,
+    in_loss,
+    layer_activations,
+)
 from course_lib.planner.communication import Network, layer_collectives, stage_sends
 from course_lib.planner.constants import fitted
-from course_lib.planner.activations import in_flight, layer_activations
 from course_lib.planner.memory import gpu_memory, stage_shares
 from course_lib.planner.published import runs
 from course_lib.planner.timing import StepTime, idle
@@ -72,6 +77,17 @@ def test_the_operations_of_a_token_are_the_same(lesson, name: str) -> None:
         assert lesson.flops_per_token(model, length) == model.flops_per_token(length)
 
 
+def beyond_kept(model: Model, layout: Layout, stage: int) -> float:
+    """Bytes of a stage that no layer keeps: what is worked on, and what the last two products need.
+
+    The loss is computed before any layer's backward pass.
+    """
+    around = layout.tensor if layout.sequence_parallel else 1
+    last = stage == layout.pipeline - 1
+    ends = last * 4 * model.hidden * layout.tokens / around * in_flight(layout, stage)
+    return max(in_backward(model, layout), in_loss(model, layout, stage)) + ends
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_gpu_holds_the_same_bytes(lesson, layout: Layout) -> None:
     assert lesson.kept_bytes(LLAMA, layout) * layout.tokens == pytest.approx(
@@ -79,11 +95,11 @@ def test_a_gpu_holds_the_same_bytes(lesson, layout: Layout) -> None:
     )
     assert lesson.in_flight(layout) == pytest.approx(in_flight(layout, 0))
     counted = gpu_memory(LLAMA, layout, IDEAL)
-    logits = 12.0 * layout.tokens * LLAMA.vocabulary / layout.tensor
-    # The loss is computed before any layer is made again.
     again = layer_activations(LLAMA, layout, "none") if layout.recompute == "full" else 0.0
-    last_too = max(0.0, logits - again) if layout.pipeline == 1 else 0.0
-    assert lesson.activation_bytes(LLAMA, layout) + last_too == pytest.approx(counted.activations)
+    beyond = beyond_kept(LLAMA, layout, layout.pipeline - 1 if layout.pipeline == 1 else 0)
+    assert lesson.activation_bytes(LLAMA, layout) - again + beyond == pytest.approx(
+        counted.activations
+    )
 
 
 def test_the_state_is_the_same_where_one_gpu_has_all_of_a_model(lesson) -> None:
@@ -159,13 +175,16 @@ def test_exercise_2_counts_the_bytes_that_the_planner_counts(model, layout) -> N
     stages = [held(model, layout, kept, stage) for stage in range(layout.pipeline)]
     counted = gpu_memory(model, layout, IDEAL)
     buckets = counted.buffers  # DeepSpeed's, for ZeRO-1
-    again = layer_activations(model, layout, "none") if layout.recompute == "full" else 0.0
-    # Of what the exercise leaves out: the embedding's dropout, and the layer that is made again,
-    # which on the last stage is not there while the loss is computed.
+    # What the exercise leaves out: the embedding's dropout, what all GPUs of a tensor group
+    # have alike, and what no layer keeps but the logits.
     masks = layout.tokens * model.hidden * in_flight(layout, 0) if model.biased else 0.0
     logits = 12.0 * layout.tokens * model.vocabulary / layout.tensor
-    left_out = {0: masks + again, layout.pipeline - 1: max(0.0, again - logits)}
-    whole = [each + left_out.get(stage, again) for stage, each in enumerate(stages)]
+    whole = []
+    for stage, each in enumerate(stages):
+        alike = stage_shares(model, layout, stage).alike * (1 - 1 / layout.tensor)
+        beyond = alike * (2 + 4 + 12 / layout.data) + beyond_kept(model, layout, stage)
+        beyond += masks * (stage == 0) - logits * (stage == layout.pipeline - 1)
+        whole.append(each + beyond)
     assert max(whole) == pytest.approx(counted.total - buckets, rel=1e-9)
     for stage in range(layout.pipeline):
         assert stages[stage] > stage_shares(model, layout, stage).parameters * 6

@@ -16,6 +16,7 @@ from course_lib.parallel.methods import pipeline_step
 from course_lib.parallel.sharded_data_parallel import Sharded
 from course_lib.parallel.tensor_parallel import ParallelBlock
 from course_lib.planner import Layout, Model, cluster, gpt
+from course_lib.planner.activations import layer_activations
 from course_lib.planner.communication import (
     Network,
     layer_collectives,
@@ -23,7 +24,6 @@ from course_lib.planner.communication import (
     state_collectives,
 )
 from course_lib.planner.constants import fitted
-from course_lib.planner.activations import layer_activations
 from course_lib.planner.memory import gpu_memory, stage_shares
 from course_lib.planner.timing import step_time
 from data_sheet import SHEET

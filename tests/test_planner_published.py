@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from course_lib.planner import clusters, searched_runs
+from course_lib.planner import clusters, mixture_runs, searched_runs
 from course_lib.planner.communication import Network
 from course_lib.planner.constants import Constants, fitted, held_out, meanings
 from course_lib.planner.fit import (
@@ -31,7 +31,7 @@ from course_lib.planner.fit import (
 from course_lib.planner.layouts import check
 from course_lib.planner.published import READERS, all_runs, runs
 from course_lib.planner.rows import TABLES, read, source
-from course_lib.planner.splits import SPLITS, part_of_peak, rival
+from course_lib.planner.splits import SPLITS, part_of_peak, rival, rivals_errors
 
 # Mean and median of the sizes of the errors, with a small margin over what the fit reaches.
 PROMISES = {
@@ -52,7 +52,7 @@ PROMISES = {
     "NeMo: H100 left out": (0.12, 0.12),
     "Llama 3 405B left out": (0.05, 0.05),
     "memory, Zero Bubble left out": (0.02, 0.02),
-    "memory, torchtitan left out": (0.07, 0.07),
+    "memory, torchtitan left out": (0.045, 0.04),
     "memory, BLOOM left out": (0.07, 0.05),
 }
 
@@ -76,6 +76,30 @@ def test_megatron_core_on_h100s_is_within_8_percent_with_what_the_search_chooses
     assert np.median(np.abs(errors)) <= 0.07
 
 
+def test_a_rival_that_never_saw_megatron_core_is_no_closer_on_both() -> None:
+    means = [
+        [np.abs(errors).mean() for errors in (searched_runs.errors(table, fitted()), rivals)]
+        for table in searched_runs.TABLES
+        for rivals in [rivals_errors(list(searched_runs.stated(table)), all_runs())]
+    ]
+    assert sum(ours for ours, _ in means) < sum(others for _, others in means)
+
+
+MIXTURES = {"Mixtral in bf16": 0.06, "Qwen3 in bf16": 0.17, "Qwen3 in fp8": 0.50}
+
+
+def test_mixtures_of_experts_take_longer_than_planned_and_by_how_much() -> None:
+    """Of eight large experts by little, of 128 small ones by much; one MFU is further off."""
+    judged = mixture_runs.judged(fitted(), all_runs())
+    assert set(judged) == set(MIXTURES)
+    for kind, (ours, others) in judged.items():
+        assert np.abs(ours).mean() <= MIXTURES[kind]
+        assert (ours < 0).all()
+        assert np.abs(ours).mean() < np.abs(others).mean()
+    for run in mixture_runs.mixtures():
+        check(run.model, run.cluster, run.layout)
+
+
 def test_llama_3_405b_is_within_10_percent_of_its_published_mfu() -> None:
     constants = held_out()["Llama 3 405B left out"]
     for run, row in zip(runs("llama3"), read("llama3_table4"), strict=True):
@@ -87,7 +111,7 @@ def test_memory_of_all_measured_runs_is_within_7_percent_on_average() -> None:
     measured = [run for run in all_runs() if run.memory]
     errors = [abs(predicted_memory(run, fitted()) / run.memory - 1) for run in measured]
     assert len(measured) > 80
-    assert np.mean(errors) <= 0.035
+    assert np.mean(errors) <= 0.03
 
 
 def test_memory_of_tensors_alone_takes_no_constant() -> None:

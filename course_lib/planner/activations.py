@@ -103,12 +103,13 @@ def kept_activations(model: Model, layout: Layout, stage: int, layers: int) -> f
     return one * in_flight(layout, stage)
 
 
-def worked_on(model: Model, layout: Layout, stage: int) -> float:
-    """Bytes of what is there for a moment: the logits, or a layer in its backward pass."""
+def in_backward(model: Model, layout: Layout) -> float:
+    """Bytes that are there for a moment in a layer's backward pass: itself, if it is made again,
+    and gradients."""
     again = 0.0
     if layout.recompute in ("full", "alternate"):
         again = layer_activations(model, layout, "none")
-    return max(again + _gradients(model, layout), _logits(model, layout, stage))
+    return again + _gradients(model, layout)
 
 
 def _gradients(model: Model, layout: Layout) -> float:
@@ -129,8 +130,8 @@ def _gradients(model: Model, layout: Layout) -> float:
     return layout.tokens * (arrived + inner) + weight
 
 
-def _logits(model: Model, layout: Layout, stage: int) -> float:
-    """Bytes of the logits on the last stage, while the loss is computed."""
+def in_loss(model: Model, layout: Layout, stage: int) -> float:
+    """Bytes of the logits on the last stage, which are there while the loss is computed."""
     if stage < layout.pipeline - 1:
         return 0.0
     logits = layout.tokens * model.vocabulary / layout.tensor

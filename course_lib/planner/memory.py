@@ -1,15 +1,17 @@
 """Bytes that a GPU must hold, by what holds them.
 
 Model state: parameters, gradients and Adam's states as ZeRO counts them (arXiv:1910.02054, section
-3.1: 2 + 2 + 12 bytes a parameter in mixed precision). Activations: formulas of Korthikanti and
-others (arXiv:2205.05198, section 4).
+3.1: 2 + 2 + 12 bytes a parameter in mixed precision). Activations: see
+:mod:`course_lib.planner.activations`.
+Fully sharded, a layer's gathered weights, its whole gradient and all that it keeps are taken to be
+there at one moment; PyTorch's FSDP2 has less by up to a layer's gradient and weights.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from course_lib.planner.activations import kept_activations, worked_on
+from course_lib.planner.activations import in_backward, in_loss, kept_activations
 from course_lib.planner.constants import Constants
 from course_lib.planner.layouts import Layout
 from course_lib.planner.models import Model
@@ -78,8 +80,8 @@ def stage_shares(model: Model, layout: Layout, stage: int) -> Shares:
     table = model.vocabulary * model.hidden
     norm = model.hidden * (2 if model.biased else 1)
     # Norms, biases of the products that end a region, routers and learned positions.
-    alike = layers * (2 * norm + model.router_parameters)
-    alike += layers * model.hidden * (1 + model.experts / layout.expert) * model.biased
+    ends = 1 + model.experts / layout.expert if model.biased else 0
+    alike = layers * (2 * norm + model.router_parameters + ends * model.hidden)
     if stage == 0:
         whole += table + model.positions * model.hidden
         alike += model.positions * model.hidden
@@ -103,8 +105,12 @@ def stage_memory(model: Model, layout: Layout, constants: Constants, stage: int)
     shares = stage_shares(model, layout, stage)
     states = _states(shares, layout)
     activations = kept_activations(model, layout, stage, shares.layers)
-    activations += worked_on(model, layout, stage)
     buffers = _gathered(model, layout, shares)
+    # Either the loss is being computed, or a layer's backward pass: one after the other.
+    backward, beside = in_backward(model, layout), _layers_gathered(model, layout)
+    loss = in_loss(model, layout, stage)
+    activations += loss if loss > backward + beside else backward
+    buffers += beside if loss <= backward + beside else 0.0
     held = (activations + buffers) * (constants.fragments - 1)  # free, but held by the allocator
     return Memory(*states, activations, buffers + held + constants.outside)
 
@@ -127,12 +133,20 @@ def _gathered(model: Model, layout: Layout, shares: Shares) -> float:
         once = layout.virtual_stages if layout.rounds == 1 else 1
         return shares.parameters * (2 + gradient / once)
     if layout.sharded == 3:
-        # Two layers' gathered weights and one layer's whole gradient; embedding and head, which
-        # are one unit, stay gathered from their forward pass to their backward pass.
-        experts = model.experts * model.expert_parameters
-        layer = (model.layer_parameters - experts + experts / layout.expert) / layout.tensor
-        return layer * (2 * 2 + gradient) + 2 * model.embedding_parameters / layout.tensor
+        # Embedding, head and the last norm are one unit: gathered from their forward pass to their
+        # backward pass.
+        norm = model.hidden * (2 if model.biased else 1)
+        return 2 * (model.embedding_parameters + norm) / layout.tensor
     return 0.0
+
+
+def _layers_gathered(model: Model, layout: Layout) -> float:
+    """Bytes of two layers' gathered weights and of one layer's whole gradient."""
+    if layout.sharded < 3 or layout.pipeline > 1:
+        return 0.0
+    experts = model.experts * model.expert_parameters
+    layer = (model.layer_parameters - experts + experts / layout.expert) / layout.tensor
+    return layer * (2 * 2 + (4 if layout.float32_gradients else 2))
 
 
 def _states(shares: Shares, layout: Layout) -> tuple[float, float, float]:

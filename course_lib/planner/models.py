@@ -193,7 +193,7 @@ def from_config(path: str | Path) -> Model:
 
 # Sizes as their papers state them: GPT-2 and GPT-3 (arXiv:2005.14165, table 2.1), Llama 2
 # (arXiv:2307.09288), Llama 3 (arXiv:2407.21783, table 3), BLOOM (arXiv:2211.05100), Mixtral
-# (arXiv:2401.04088).
+# (arXiv:2401.04088), Qwen3 (arXiv:2505.09388, table 2, and their config.json).
 MODELS = {
     model.name: model
     for model in (
@@ -208,8 +208,16 @@ MODELS = {
         llama("llama3-405b", 126, 16384, 128, 8, 53248, 128256),
         replace(gpt("bloom-176b", 70, 14336, 112, 250880), positions=0),
         replace(llama("mixtral-8x7b", 32, 4096, 32, 8, 14336, 32000), experts=8, active=2),
+        replace(
+            llama("qwen3-30b-a3b", 48, 2048, 32, 4, 768, 151936),
+            experts=128, active=8, head_size=128,
+        ),
+        replace(
+            llama("qwen3-235b-a22b", 94, 4096, 64, 4, 1536, 151936),
+            experts=128, active=8, head_size=128,
+        ),
     )
-}
+}  # fmt: skip
 
 
 def model_named(name: str) -> Model:

@@ -96,3 +96,9 @@ def rival(train: list[Run], held: list[Run]) -> list[float]:
         middle = middles.get((gpu, run.table), others)
         predicted.append(run.seconds * part_of_peak(run) / middle)
     return predicted
+
+
+def rivals_errors(held: list[Run], train: list[Run]) -> np.ndarray:
+    """Relative errors of these seconds."""
+    seconds = np.array([run.seconds for run in held])
+    return np.array(rival(train, held)) / seconds - 1

@@ -21,7 +21,7 @@ class Achieved:
 
     product: float
     link: float = 0.7232
-    network: float = 0.8339
+    network: float = 0.8345
 
     def __post_init__(self) -> None:
         for name, part in vars(self).items():
