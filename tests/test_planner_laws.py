@@ -306,12 +306,60 @@ def test_a_config_json_is_read(tmp_path: Path) -> None:
     assert from_config(path).experts == 8
 
 
+LLAMA = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "num_hidden_layers": 32, "vocab_size": 32000, "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}  # fmt: skip
+NEOX = {
+    "model_type": "gpt_neox", "hidden_size": 6144, "num_attention_heads": 64, "rotary_pct": 0.25,
+    "num_hidden_layers": 44, "vocab_size": 50432, "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+GEMMA = {
+    "model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "head_dim": 256,
+    "num_attention_heads": 8, "num_key_value_heads": 1, "num_hidden_layers": 18,
+    "vocab_size": 256000, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN3 = {
+    "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+    "num_hidden_layers": 48, "vocab_size": 151936, "hidden_act": "silu", "mlp_only_layers": [],
+    "num_experts_per_tok": 8, "decoder_sparse_step": 1, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "billions"),
+    [
+        (LLAMA | {"num_local_experts": 8, "num_experts_per_tok": 2}, 46.7),  # Mixtral 8x7B
+        (LLAMA | {"tie_word_embeddings": True, "vocab_size": 128256}, 7.5),
+        (NEOX, 20.6),
+        (GEMMA, 2.51),
+        (QWEN3, 30.5),
+    ],
+)
+def test_configs_of_other_kinds_are_read(tmp_path: Path, config: dict, billions: float) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    assert from_config(path).parameters / 1e9 == pytest.approx(billions, rel=0.005)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("{", "is no JSON"),
         ("[]", "holds no sizes"),
         ('{"hidden_size": 8}', "has no 'num_attention_heads'"),
+        (json.dumps(LLAMA | {"vocab_size": None}), "has no 'vocab_size': add it"),
+        (json.dumps(LLAMA | {"hidden_size": "4096"}), "hidden_size in .* above 0, not '4096'"),
+        (json.dumps(LLAMA | {"num_key_value_heads": 3}), "32 heads do not divide by 3 heads"),
+        (json.dumps(LLAMA | {"num_experts": 8}), "has no 'num_experts_per_tok'"),
+        (json.dumps(QWEN3 | {"num_experts_per_tok": 129}), "cannot go through 129 of 128"),
+        (json.dumps(QWEN3 | {"shared_expert_intermediate_size": 1}), "knows nothing: describe"),
+        (json.dumps(QWEN3 | {"decoder_sparse_step": 2}), "experts in some layers only"),
+        (json.dumps(LLAMA | {"kv_lora_rank": 512}), r"latent keys and values \(MLA\)"),
+        (json.dumps({"text_config": LLAMA}), "save its text_config as a config.json"),
     ],
 )
 def test_a_config_that_cannot_be_read_says_why(tmp_path: Path, text: str, said: str) -> None:

@@ -109,7 +109,7 @@ def test_a_model_that_cannot_fit_is_refused_with_what_is_missing() -> None:
 
 REFUSALS = [
     ({"data": 3}, "makes 3 GPUs, and the cluster has 8"),
-    ({"data": 8, "batch": 12}, "batch 12 does not divide by data x microbatch 8: take one of"),
+    ({"data": 8, "batch": 12}, "divide by data x microbatch 8: take a multiple of 8"),
     ({"tensor": 8, "data": 1, "heads": 12}, "heads 12 does not divide by tensor 8: take one of"),
     ({"pipeline": 8, "virtual_stages": 2}, 'takes schedule="interleaved"'),
     ({"pipeline": 8, "schedule": "interleaved"}, "virtual_stages of 2 or more"),
@@ -118,7 +118,10 @@ REFUSALS = [
         "groups of 8, one a stage: 12 is no multiple",
     ),
     ({"data": 8, "sequence_parallel": True}, "takes tensor of 2 or more"),
-    ({"data": 8, "sharded": 3, "shard_group": 3}, "does not divide by shard_group 3"),
+    ({"data": 8, "sharded": 3, "shard_group": 3}, "by shard_group 3: take one of 1, 2, 4, 8"),
+    ({"data": 8, "shard_group": 4}, "shard_group takes sharded of 1 to 3"),
+    ({"data": 8, "schedule": "interleaved", "virtual_stages": 2}, "take pipeline of 2 or more"),
+    ({"data": 8, "precision": "fp8"}, 'A100 has no fp8: take precision="bf16"'),
     ({"data": 8, "expert": 3}, "experts 1 does not divide by expert 3"),
     ({"pipeline": 8, "layers": 2}, "2 layers are too few for 8 stages"),
 ]
@@ -140,6 +143,7 @@ def test_sizes_that_do_not_go_together_are_refused(changes: dict, said: str) -> 
         ({"tensor": 1.5}, "tensor of a layout is a whole number"),
         ({"recompute": "some"}, "recompute is one of none, selective, alternate, full"),
         ({"sharded": 4}, "sharded is one of 0, 1, 2, 3"),
+        ({"shard_group": -2}, "shard_group of a layout is 0"),
     ],
 )
 def test_a_layout_that_makes_no_sense_is_refused(changes: dict, said: str) -> None:
@@ -176,10 +180,46 @@ def test_the_command_searches(capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ("--model gpt2 --gpus eight", "invalid int value: 'eight'; --help lists"),
+        ("--model gpt2 --gpus 8 --kernels own", "choose from"),
+        ("--model gpt2", "required: --gpus"),
+    ],
+)
+def test_the_command_refuses_unknown_words_in_one_line(
+    words: str, said: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words.split())
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("gpus", [8, 12])
+def test_a_batch_that_nobody_named_divides(gpus: int, capsys: pytest.CaptureFixture) -> None:
+    assert main(f"--model gpt2 --gpus {gpus} --microbatch 5".split()) == 0
+    assert "predicted" in capsys.readouterr().out
+
+
+def test_the_search_spreads_experts() -> None:
+    mixture = replace(SMALL, experts=8, active=2)
+    found = search(mixture, cluster("A100", 8), 32, 2048, pipeline=1, tensor=1, context=1)
+    assert found.best[0].layout.expert > 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
         ("--model nobody --gpus 8", "no model is called 'nobody': take one of gpt2"),
         ("--model nobody.json --gpus 8", "cannot read nobody.json: No such file"),
         ("--model gpt2 --gpus 8 --gpu H1000", "no GPU is called 'H1000'"),
-        ("--model gpt2 --gpus 12 --tensor 5 --batch 12", "makes 10 GPUs"),
+        ("--model gpt2 --gpus 12 --tensor 5", "into replicas of tensor 5: take a product that"),
+        ("--model gpt2 --gpus 12 --data 5 --batch 10", "makes 5 GPUs"),
+        ("--model gpt2 --gpus 8 --batch 0", "batch of a layout is a whole number above 0"),
+        ("--model gpt2 --gpus 8 --network -1", "--network is a number above 0, not -1.0"),
+        ("--model gpt2 --gpus 8 --tokens nan", "--tokens is a number above 0, not nan"),
+        ("--model gpt2 --gpus 8 --sequence 2048", "more than gpt2 has learned positions: at most"),
+        ("--model llama3-8b --gpus 8 --search --tensor 3", "no layout with tensor 3 that divides"),
         ("--model gpt3-175b --gpus 8 --batch 8 --search", "take more GPUs"),
         ("--model gpt2 --gpus 8 --sequence 0", "above 0"),
     ],

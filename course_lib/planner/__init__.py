@@ -7,8 +7,9 @@ runs; ``python -m course_lib.planner.fit`` prints how far off they are on runs t
 """
 
 from course_lib.planner.clusters import GPUS, Cluster, cluster
+from course_lib.planner.configs import from_config, model_named
 from course_lib.planner.layouts import Layout
-from course_lib.planner.models import MODELS, Model, from_config, gpt, llama, model_named
+from course_lib.planner.models import MODELS, Model, gpt, llama
 from course_lib.planner.planning import Plan, plan
 from course_lib.planner.searching import Search, search
 

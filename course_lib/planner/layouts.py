@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from course_lib.planner.clusters import Cluster
+from course_lib.planner.clusters import FP8, Cluster
 from course_lib.planner.models import Model
 
 SCHEDULES = ("GPipe", "1F1B", "interleaved", "ZB-1p", "ZB-2p")
@@ -83,6 +83,8 @@ class Layout:
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"{name} of a layout is a whole number above 0, not {number!r}")
+        if self.shard_group < 0:
+            raise ValueError(f"shard_group of a layout is 0 (all) or more, not {self.shard_group}")
         choices = {
             "schedule": SCHEDULES,
             "recompute": RECOMPUTE,
@@ -168,16 +170,24 @@ def check(model: Model, cluster: Cluster, layout: Layout) -> None:
             f"{layout.context} makes {layout.gpus} GPUs, and the cluster has {cluster.gpus}: their "
             "product must be the number of GPUs"
         )
+    step = layout.data * layout.microbatch
+    if layout.batch % step:
+        raise ValueError(
+            f"batch {layout.batch} does not divide by data x microbatch {step}: take a multiple of "
+            f"{step}, or a product of the two of {divisors(layout.batch)}"
+        )
     for what, size, by, parts in _divisions(model, layout):
         if size % parts:
             raise ValueError(
-                f"{what} {size} does not divide by {by} {parts}: take one of {_divisors(size)}"
+                f"{what} {size} does not divide by {by} {parts}: take one of {divisors(size)}"
             )
     stages = layout.pipeline * layout.virtual_stages
     if stages > model.layers + 2:
         raise ValueError(f"{model.layers} layers are too few for {stages} stages")
     if layout.virtual_stages > 1 and layout.schedule != "interleaved":
         raise ValueError('more than one virtual stage takes schedule="interleaved"')
+    if layout.virtual_stages > 1 and layout.pipeline == 1:
+        raise ValueError("virtual stages take pipeline of 2 or more")
     if layout.schedule == "interleaved" and layout.pipeline > 1:
         if layout.virtual_stages == 1:
             raise ValueError('schedule="interleaved" takes virtual_stages of 2 or more')
@@ -188,13 +198,19 @@ def check(model: Model, cluster: Cluster, layout: Layout) -> None:
             )
     if layout.sequence_parallel and layout.tensor == 1:
         raise ValueError("sequence_parallel takes tensor of 2 or more")
+    if layout.shard_group and not layout.sharded:
+        raise ValueError("shard_group takes sharded of 1 to 3: what else is split over it?")
     if layout.shard_group and layout.data % layout.shard_group:
-        raise ValueError(f"data {layout.data} does not divide by shard_group {layout.shard_group}")
+        raise ValueError(
+            f"data {layout.data} does not divide by shard_group {layout.shard_group}: take one of "
+            f"{divisors(layout.data)}"
+        )
+    if layout.precision == "fp8" and FP8 not in cluster.gpu.flops:
+        raise ValueError(f'{cluster.gpu.name} has no fp8: take precision="bf16", or an H100')
 
 
 def _divisions(model: Model, layout: Layout) -> list[tuple[str, int, str, int]]:
     divisions = [
-        ("batch", layout.batch, "data x microbatch", layout.data * layout.microbatch),
         ("the number of heads", model.heads, "tensor", layout.tensor),
         ("the feed-forward width", model.ffn, "tensor", layout.tensor),
         ("sequence_length", layout.sequence_length, "context", layout.context),
@@ -207,6 +223,7 @@ def _divisions(model: Model, layout: Layout) -> list[tuple[str, int, str, int]]:
     return divisions
 
 
-def _divisors(number: int) -> str:
+def divisors(number: int) -> str:
+    """Those of a number, in words; some, if they are many."""
     found = [str(part) for part in range(1, number + 1) if number % part == 0]
     return ", ".join(found if len(found) <= 12 else [*found[:11], f"... {found[-1]}"])

@@ -7,10 +7,8 @@ layers (positions, a head of its own).
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,15 @@ class Model:
             object.__setattr__(self, "head_size", self.hidden // self.heads)
         if not self.kv_heads:
             object.__setattr__(self, "kv_heads", self.heads)
+        for name in ("kv_heads", "head_size"):
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name} of a model is a whole number above 0, not {number!r}")
         if self.heads % self.kv_heads:
-            raise ValueError(f"{self.heads} heads do not divide by {self.kv_heads} KV heads")
+            raise ValueError(
+                f"{self.heads} heads do not divide by {self.kv_heads} heads of keys and values: "
+                "each of these serves as many of those as the others"
+            )
         if self.active > self.experts:
             raise ValueError(f"a token cannot go through {self.active} of {self.experts} experts")
 
@@ -146,51 +151,6 @@ def llama(
     )
 
 
-def from_config(path: str | Path) -> Model:
-    """Read the sizes in a Hugging Face ``config.json`` (Llama, Mistral, Qwen, Mixtral, GPT-2).
-
-    Raises:
-        ValueError: it is no JSON, or a size is missing; says which.
-    """
-    try:
-        config = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no sizes: a config.json is an object with names and values")
-
-    def size(*names: str, otherwise: int | None = None) -> int:
-        for name in names:
-            if config.get(name) is not None:
-                return config[name]
-        if otherwise is None:
-            raise ValueError(f"{path} has no {names[0]!r}: a config.json of a decoder has one")
-        return otherwise
-
-    hidden, heads = size("hidden_size", "n_embd"), size("num_attention_heads", "n_head")
-    gated = config.get("hidden_act", "gelu") in ("silu", "swiglu")
-    experts = size("num_local_experts", "num_experts", "n_routed_experts", otherwise=1)
-    ffn = size("intermediate_size", "n_inner", otherwise=4 * hidden)
-    return Model(
-        name=config.get("_name_or_path") or config.get("model_type", Path(path).stem),
-        layers=size("num_hidden_layers", "n_layer"),
-        hidden=hidden,
-        heads=heads,
-        ffn=size("moe_intermediate_size", otherwise=ffn) if experts > 1 else ffn,
-        vocabulary=size("vocab_size"),
-        kv_heads=size("num_key_value_heads", otherwise=heads),
-        gated=gated,
-        tied=config.get("tie_word_embeddings", not gated),
-        biased=not gated,
-        positions=0 if gated else size("n_positions", "max_position_embeddings", otherwise=0),
-        experts=experts,
-        active=size("num_experts_per_tok", otherwise=1) if experts > 1 else 1,
-        head_size=size("head_dim", otherwise=0),
-    )
-
-
 # Sizes as their papers state them: GPT-2 and GPT-3 (arXiv:2005.14165, table 2.1), Llama 2
 # (arXiv:2307.09288), Llama 3 (arXiv:2407.21783, table 3), BLOOM (arXiv:2211.05100), Mixtral
 # (arXiv:2401.04088), Qwen3 (arXiv:2505.09388, table 2, and their config.json).
@@ -218,19 +178,3 @@ MODELS = {
         ),
     )
 }  # fmt: skip
-
-
-def model_named(name: str) -> Model:
-    """A model of the catalogue, or of a path to a ``config.json``.
-
-    Raises:
-        ValueError: there is no such model; names those that there are.
-    """
-    if name in MODELS:
-        return MODELS[name]
-    if name.endswith(".json"):
-        return from_config(name)
-    raise ValueError(
-        f"no model is called {name!r}: take one of {', '.join(MODELS)}, or the path to a "
-        "config.json"
-    )

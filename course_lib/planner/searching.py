@@ -43,7 +43,7 @@ def search(
     """Look for the fastest layouts whose fullest GPU has room.
 
     Tensor and context parallelism stay within a node; all that divides is tried for them, for
-    pipeline and virtual stages, sharding, microbatch and recomputation.
+    pipeline and virtual stages, experts, sharding, microbatch and recomputation.
 
     Args:
         batch: sequences a step, over all GPUs.
@@ -77,9 +77,15 @@ def search(
     found.sort(key=lambda each: each.seconds)
     fell_out["slower than the best"] = max(0, len(found) - keep)
     if not found and nearest is None:
+        names = _SEARCHED - {"sequence_parallel"}
+        asked = [f"{name} {value}" for name, value in fixed.items() if name in names]
+        given, leave = "", ""
+        if asked:
+            given, leave = f" with {', '.join(asked)}", f" leave {asked[0].split()[0]} to it, or"
         raise ValueError(
-            f"no layout divides batch {batch} and {model.name} over {cluster.gpus} GPUs: change "
-            "the batch or the number of GPUs to ones with more divisors"
+            f"the search found no layout{given} that divides batch {batch} and {model.name} over "
+            f"{cluster.gpus} GPUs:{leave} change the batch or the number of GPUs to ones with more "
+            "divisors"
         )
     if not found:
         assert nearest is not None
@@ -120,7 +126,9 @@ def candidates(
                     context=context,
                     pipeline=pipeline,
                 )
-                yield from _refined(model, cut, choices)
+                usual_experts = [part for part in _divisors(model.experts) if data % part == 0]
+                for expert in choices("expert", usual_experts):
+                    yield from _refined(model, replace(cut, expert=expert), choices)
 
 
 def _refined(
@@ -151,7 +159,7 @@ def _refined(
 
 _SEARCHED = {
     "data", "tensor", "sequence_parallel", "context", "pipeline", "virtual_stages", "schedule",
-    "sharded", "microbatch", "recompute",
+    "sharded", "microbatch", "recompute", "expert",
 }  # fmt: skip
 _KINDS = {
     "does not divide": "sizes that do not divide",
