@@ -201,7 +201,7 @@ def check_fewest(
 ) -> Verdict:
     """Graded on a 70B: where memory decides, where days decide, where nothing is enough."""
     facts = []
-    for tokens, days in ((2e12, 30.0), (1e9, 30.0), (2.3e12, 30.0), (1.4e11, 30.0)):
+    for tokens, days in ((2e12, 30.0), (1e9, 30.0), (2.3e12, 30.0), (1.85e12, 30.0)):
         ours = fewest_gpus(_best_plan, list(COUNTS), tokens, days)
         wanted = next((count for count in COUNTS if _enough(count, tokens, days)), None)
         case = f"{tokens / 1e9:,g} billion tokens in {days:g} days"

@@ -325,7 +325,7 @@ def the_hours_of_64_gpus_divided(best_plan, counts, tokens, days):
     return next((n for n in fits if hours / n / 24 <= days), None)
 
 
-@FEWEST.wrong("140 billion tokens in 30 days: 64 is right, and yours is 96", "so are fewer")
+@FEWEST.wrong("1,850 billion tokens in 30 days: 1024 is right, and yours is 768", "30.5 days")
 def the_hours_of_the_first_that_fits_divided(best_plan, counts, tokens, days):
     fits = [n for n in counts if days_or_never(best_plan, n, tokens) < float("inf")]
     if days_or_never(best_plan, counts[-1], tokens) > days:
