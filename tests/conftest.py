@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import signal
 from collections.abc import Iterator
 
@@ -35,11 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector what was imported.
-
-    The first optimizer imports ``torch._dynamo``, which is as large again as the rest of PyTorch.
-    """
-    importlib.import_module("torch._dynamo")
+    """Spare the garbage collector what was imported."""
     gc.collect()
     gc.freeze()
 

@@ -8,6 +8,7 @@ done once in a process, and is done when the first virtual GPUs are asked for.
 from __future__ import annotations
 
 import gc
+import importlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, partial
@@ -129,8 +130,10 @@ def register() -> list[torch.library.Library]:
 def _pass_over_what_was_there() -> None:
     """Let Python not look through all of PyTorch whenever a recording looks for garbage.
 
-    What was there before the first virtual GPU holds no memory of one.
+    What was there before the first virtual GPU holds no memory of one. ``torch._dynamo``, which the
+    first optimizer imports, is as large again as the rest of PyTorch: here it is passed over, too.
     """
+    importlib.import_module("torch._dynamo")
     gc.collect()
     gc.freeze()
 
