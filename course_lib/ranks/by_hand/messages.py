@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,15 +9,19 @@ from torch import Tensor
 PIECE = 2**21  # numbers that arrive before they are added: 8 MB of float32
 
 
-def exchange(out: Tensor, to: int, into: Tensor, source: int) -> None:
-    """Send ``out`` to one rank while ``into`` is received from another; afterwards both are done.
+def exchange(out: Tensor, to: int, into: Tensor, source: int) -> list[dist.Work]:
+    """Send ``out`` to one rank while ``into`` is received from another, and wait for the latter.
 
     Neither waits for the other, so ranks that all call it cannot end in a deadlock. Both are posted
     together: over NCCL, two that are posted one after the other might wait for each other.
+
+    Returns:
+        What is still to be waited for, before ``out`` is changed: that it was sent.
     """
     ops = [dist.P2POp(dist.isend, out, to), dist.P2POp(dist.irecv, into, source)]
-    for work in dist.batch_isend_irecv(ops):
-        work.wait()
+    *sending, receiving = dist.batch_isend_irecv(ops)  # over NCCL one Work stands for both
+    receiving.wait()
+    return sending
 
 
 def ring_all_reduce(tensor: Tensor) -> None:
@@ -27,6 +29,9 @@ def ring_all_reduce(tensor: Tensor) -> None:
 
     Each rank sends 2 (N - 1) / N of the bytes of ``tensor``. The sums are made in the same order as
     in :func:`course_lib.parallel.collectives.ring_all_reduce`, and are equal to its to the bit.
+
+    That a chunk was sent is waited for at the end alone, for each wait is a thread to wake. Until
+    then nothing is written over it but the sum of all ranks, which this very chunk went into.
 
     Args:
         tensor: contiguous, and of one shape and dtype on all ranks. N need not divide it.
@@ -37,14 +42,16 @@ def ring_all_reduce(tensor: Tensor) -> None:
     # New memory costs a CPU as much time as a fifth of the exchange, if it is so large that it goes
     # back to the system in between. So there is one buffer for all rounds, and a small one.
     buffer = torch.empty_like(chunks[0][:PIECE])
-    pieces = max(1, math.ceil(len(chunks[0]) / PIECE))  # of each chunk, on each rank
+    sending: list[dist.Work] = []
     for step in range(2 * (N - 1)):
         out, mine = chunks[(rank - step - 1) % N], chunks[(rank - step - 2) % N]
         if step < N - 1:  # reduce-scatter
-            parts = zip(out.tensor_split(pieces), mine.tensor_split(pieces), strict=True)
-            for out_part, my_part in parts:
+            for start in range(0, len(chunks[0]), PIECE):  # as many on each rank
+                my_part = mine[start : start + PIECE]
                 arrived = buffer[: len(my_part)]
-                exchange(out_part, following, arrived, previous)
+                sending += exchange(out[start : start + PIECE], following, arrived, previous)
                 my_part.add_(arrived)
         else:  # all-gather
-            exchange(out, following, mine, previous)
+            sending += exchange(out, following, mine, previous)
+    for work in sending:
+        work.wait()
