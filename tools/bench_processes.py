@@ -7,8 +7,8 @@
 A pair takes turns in one process group, so that whatever else the machine does falls on both. A
 time is that of the slowest rank; what is shown is the median over the turns, and the median of
 their ratios, with the bounds within which 19 of 20 such medians lie. One turn says little where
-ranks share cores: it depends on which thread wakes first. Memory is what virtual ranks hold at the peak of two steps: to the byte, and the
-same on every machine.
+ranks share cores: it depends on which thread wakes first. Memory is what virtual ranks hold at the
+peak of two steps: to the byte, and the same on every machine.
 """
 
 from __future__ import annotations
