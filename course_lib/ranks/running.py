@@ -89,6 +89,7 @@ class Run:
         gc.disable()  # when Python looks for garbage must not depend on what was before
         clock.before_synchronize, was = self.finish_pending, clock.before_synchronize
         clock.has_side_streams = True  # from now on, what is enqueued later may be ready sooner
+        held = self._bytes_in_use()
         _Active.run = self
         try:
             with distributed.used_by(self), engines.prepared():
@@ -108,6 +109,8 @@ class Run:
                 gc.enable()
             self._print()
             self._let_go()
+            if self._bytes_in_use() > held:
+                gc.collect()  # of a process nothing is left either; a model of FSDP2 is a cycle
         self._raise_first()
         return self._returned
 
@@ -142,6 +145,10 @@ class Run:
         while mine:
             self.baton.wait_until(mine[-1])
             mine.pop()
+
+    def _bytes_in_use(self) -> int:
+        """On all GPUs of the run."""
+        return sum(machine.memories[gpu.index].in_use for gpu in self.gpus)
 
     def _live(self) -> None:
         """What the thread of one rank does."""
