@@ -21,7 +21,7 @@ import stage_site
 from course_lib import CLASSROOM, parallel
 from course_lib.explorers import frames, lesson_00, lesson_03
 from course_lib.explorers.explorer import Explorer, choice
-from course_lib.planner import layer_work, layouts, memory, models, timing
+from course_lib.planner import activations, layer_work, layouts, models, timing
 from lesson_map import Lesson, as_svg, as_table, direct_needs, lesson_of, rows_of
 from notebook_tools import ROOT, lessons
 from picture_words import words_for
@@ -37,7 +37,7 @@ MODULES = {
     module.name: importlib.import_module(f"{parallel.__name__}.{module.name}")
     for module in pkgutil.iter_modules(parallel.__path__)
 }
-PLANNER = (layer_work, layouts, memory, models, timing)
+PLANNER = (activations, layer_work, layouts, models, timing)
 MODULES |= {module.__name__.rpartition(".")[2]: module for module in PLANNER}
 SPEC = CLASSROOM
 NAMES = "NSpmkngclhvstAbdxyTEKf"

@@ -36,6 +36,7 @@ How virtual ranks work, in the order to read it:
 * ``store``           keys and values that all ranks share;
 * ``distributed``     what of ``torch.distributed`` is each rank's own, while ranks run;
 * ``engines``, ``sequence_parts``  what PyTorch's engines take for granted of a process;
+* ``own_numbers``     what DDP reads of itself where GPUs have no numbers;
 * ``refusals``        what virtual ranks do not do, and would not say by themselves;
 * ``script``          a script as each rank's main program, for ``python -m course_lib.ranks``;
 * ``cuda_scripts``    a script that says "cuda", read as if it said "vgpu";
@@ -70,6 +71,8 @@ In what virtual ranks differ from processes:
 * a send is done when it was received, however small it is;
 * ``PREMUL_SUM`` scales the sum and not each number;
 * ``get_future()`` outside of a backward pass is waited for before it is returned;
+* without numbers, DDP takes it that all ranks sent what its own rank did: the shapes of parameters,
+  the order of gradients, which were used;
 * a host that reads a value lets its GPU finish all that is enqueued: what another rank, which is
   behind in the program but not in time, adds to the same GPU later comes after that.
 
@@ -88,9 +91,9 @@ And the processes of ``ranks.run`` from those of ``torchrun``:
 
 What virtual ranks refuse, in one line: a run inside of a rank, ``course_lib.devices`` and ``trace``
 inside of a rank, GPUs that are shared, receiving from any source, ``split_group``,
-``DistributedDataParallel`` on GPUs without numbers (``backing="meta"``), since it reads the order
-of its buckets, and with ``mixed_precision``, ``async_save`` of ``torch.distributed.checkpoint``,
-``torch.distributed.rpc``, ``torch.multiprocessing.spawn``, ``torch.compile``, symmetric memory.
+``DistributedDataParallel`` with ``mixed_precision``, ``async_save`` of
+``torch.distributed.checkpoint``, ``torch.distributed.rpc``, ``torch.multiprocessing.spawn``,
+``torch.compile``, symmetric memory.
 PyTorch's ``quantization_pertensor_hook`` and ``batched_powerSGD_hook`` failed here, in an error of
 their own; its other hooks run.
 
@@ -107,9 +110,11 @@ and ``_engine_run_backward``; ``ReduceOp.__getstate__``;
 ``DTensor._op_dispatcher._custom_op_handlers``, ``torch.distributed.tensor._random._rng_tracker``,
 ``FakeTensorMode._cached_dispatch_impl``,
 ``DistributedDataParallel``'s ``_check_comm_hook``, ``_active_ddp_module`` and ``logger``, and its
-``forward`` is replaced while ranks run; the names of ``torch.distributed.tensor.experimental`` that
-``sequence_parts`` gives; ``distributed_c10d._get_default_timeout`` and ``_resolve_process_group``,
-the operators of ``_c10d_functional`` and ``fsdp.all_gather_copy_in``, ``AsyncCollectiveTensor``;
+``forward`` and ``_pre_forward`` are replaced while ranks run, as is
+``torch.nn.parallel.distributed._verify_param_shape_across_processes``; the names of
+``torch.distributed.tensor.experimental`` that ``sequence_parts`` gives;
+``distributed_c10d._get_default_timeout`` and ``_resolve_process_group``, the operators of
+``_c10d_functional`` and ``fsdp.all_gather_copy_in``, ``AsyncCollectiveTensor``;
 ``torch.utils._python_dispatch``'s ``TorchDispatchMode``; and of Python ``os.environ._data``.
 """
 

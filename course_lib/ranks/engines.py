@@ -8,14 +8,15 @@ version of CUDA there are, and takes times.
 Rests on ``DTensor._op_dispatcher._custom_op_handlers``,
 ``torch.distributed.tensor._random._rng_tracker``,
 ``torch._subclasses.fake_tensor.FakeTensorMode._cached_dispatch_impl``, and
-``DistributedDataParallel``'s ``_check_comm_hook`` and ``_active_ddp_module``.
+``DistributedDataParallel``'s ``_check_comm_hook``, ``_pre_forward`` and ``_active_ddp_module``, and
+``torch.nn.parallel.distributed._verify_param_shape_across_processes``.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -23,13 +24,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.tensor import _random
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel, distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from course_lib.ranks import functional as functional  # lets virtual GPUs know its operators
 from course_lib.ranks import refusals, sequence_parts
+from course_lib.ranks.own_numbers import OwnNumbers
 from course_lib.ranks.rank_state import PARTS, attribute
 from course_lib.virtual import pinned
+from course_lib.virtual.machine import machine
 
 PARTS["DTensor's random numbers"] = attribute(lambda: _random, "_rng_tracker")
 PARTS["DDP's model in forward"] = attribute(lambda: DistributedDataParallel, "_active_ddp_module")
@@ -48,6 +51,8 @@ def prepared() -> Iterator[None]:
             mock.patch.object(FakeTensorMode, "_cached_dispatch_impl", _without_cache),
             mock.patch.object(DistributedDataParallel, "_check_comm_hook", _check_hook),
             mock.patch.object(DistributedDataParallel, "forward", _forward),
+            mock.patch.object(DistributedDataParallel, "_pre_forward", _pre_forward),
+            mock.patch.object(distributed, "_verify_param_shape_across_processes", _verify),
             sequence_parts.shared_rules(),
             refusals.in_place(),
             mock.patch.object(torch.autograd, "_engine_run_backward", _run_backward),
@@ -102,6 +107,8 @@ class _PinnedMemory(TorchDispatchMode):
 
 
 _here = _Here()
+_verify_any = distributed._verify_param_shape_across_processes
+_pre_forward_of_any = DistributedDataParallel._pre_forward
 _forward_of_any = DistributedDataParallel.forward
 _run_backward_of_any = torch.autograd._engine_run_backward
 
@@ -119,7 +126,26 @@ def _forward(self: Any, *inputs: Any, **kwargs: Any) -> Any:
     return _forward_of_any(self, *inputs, **kwargs)
 
 
+def _verify(*args: Any, **kwargs: Any) -> Any:
+    """When it is made, DDP compares the shapes of all ranks' parameters."""
+    with _reading():
+        return _verify_any(*args, **kwargs)
+
+
+def _pre_forward(self: Any, *inputs: Any, **kwargs: Any) -> Any:
+    """After its first step, DDP tells the other ranks in which order gradients came."""
+    with _reading():
+        return _pre_forward_of_any(self, *inputs, **kwargs)
+
+
 def _run_backward(*args: Any, **kwargs: Any) -> Any:
     """In backward, DDP tells the other ranks which parameters it did not use."""
-    with _PinnedMemory() if _here.asks_for_pinned_memory else nullcontext():
+    if not _here.asks_for_pinned_memory:
         return _run_backward_of_any(*args, **kwargs)
+    with _reading(), _PinnedMemory():
+        return _run_backward_of_any(*args, **kwargs)
+
+
+def _reading() -> AbstractContextManager[Any]:
+    """Lets DDP read what it has sent, where there are no numbers."""
+    return OwnNumbers() if machine.has_no_numbers else nullcontext()

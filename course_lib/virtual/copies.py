@@ -31,11 +31,11 @@ def _to_copy(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
     if destination is None:
         check_has_numbers(".to('cpu')")
         inner = operator.run(inner, **{**kwargs, "device": "cpu"})
-        _charge_copy(source, inner, host_waits=not kwargs.get("non_blocking"))
+        charge_copy(source, inner, host_waits=not kwargs.get("non_blocking"))
         return inner
     there = operator.run(inner, **{**kwargs, "device": machine.backing})
     outer = wrap(there, machine.memories[destination])
-    _charge_copy(source, outer)
+    charge_copy(source, outer)
     return outer
 
 
@@ -52,11 +52,11 @@ def copy_(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
     operator.run(inner_of(destination), inner_of(source), *args[2:], **kwargs)
     non_blocking = any(args[2:]) or kwargs.get("non_blocking", False)
     on_host = source if isinstance(destination, VirtualTensor) else destination
-    _charge_copy(source, destination, host_waits=not (non_blocking and is_pinned(on_host)))
+    charge_copy(source, destination, host_waits=not (non_blocking and is_pinned(on_host)))
     return destination
 
 
-def _charge_copy(source: torch.Tensor, destination: torch.Tensor, host_waits: bool = True) -> None:
+def charge_copy(source: torch.Tensor, destination: torch.Tensor, host_waits: bool = True) -> None:
     """Charge the clock for a copy; a tensor that is not virtual is on the host."""
     read = [source] if isinstance(source, VirtualTensor) else []
     written = [destination] if isinstance(destination, VirtualTensor) else []
