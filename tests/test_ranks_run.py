@@ -208,3 +208,14 @@ def test_what_a_rank_cannot_do_is_refused(vgpus):
     with pytest.raises(RuntimeError, match=r"around ranks\.run"):
         ranks.run(record, vgpus)
     assert ranks.run(lambda: 1, vgpus) == [1] * 4
+
+
+def test_what_ranks_leave_in_cycles_is_freed_at_the_end_of_a_run(vgpus):
+    """As of a process that has ended: the next run's peak is its own."""
+
+    def work() -> None:
+        held: list = [torch.ones(4, device="vgpu")]
+        held.append(held)
+
+    ranks.run(work, vgpus)
+    assert [course_lib.memory_in_use(gpu) for gpu in vgpus] == [0] * len(vgpus)
