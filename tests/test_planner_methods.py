@@ -19,6 +19,7 @@ from torch.distributed.tensor.experimental._context_parallel import _attention
 
 import course_lib
 import data_sheet
+from bare_gpt import BareGPT
 from course_lib import ranks
 from course_lib.hardware import memory_in_use
 from course_lib.models import GPT, next_token_loss
@@ -38,7 +39,7 @@ from course_lib.parallel.sharded_data_parallel import Sharded
 from course_lib.parallel.split_parameter import all_reduce_partial_gradients
 from course_lib.parallel.tensor_parallel import ParallelGPT
 from course_lib.parallel.vocabulary import vocabulary_cross_entropy
-from course_lib.planner import Layout, Model, cluster, gpt
+from course_lib.planner import Layout, cluster, gpt
 from course_lib.planner.activations import in_flight
 from course_lib.planner.memory import gpu_memory
 from course_lib.planner.timing import StepTime, step_time
@@ -46,6 +47,8 @@ from course_lib.timeline import Trace
 
 VOCABULARY, LENGTH, WIDTH, HEADS, DEPTH = 8192, 512, 8192, 64, 1
 BF16 = torch.bfloat16
+BARE = BareGPT(VOCABULARY, LENGTH, WIDTH, HEADS, DEPTH)
+a_gpt, sizes, tokens = BARE.a_gpt, BARE.sizes, BARE.tokens
 # An A100 whose host is never late. Ring attention adds up in float32: it is as fast here.
 SPEC = course_lib.A100.with_(launch_overhead=0.0, flops={torch.float32: 312e12, BF16: 312e12})
 SHEET = replace(data_sheet.SHEET, nvlink_part=1.0, nvlink_base=0.0, nvlink_hop=SPEC.latency)
@@ -56,19 +59,6 @@ USUAL = {"kernels": "eager", "attention": "flash2", "float32_gradients": False, 
 def gpus(vgpus: list[torch.device]) -> list[torch.device]:
     """Four of them that hold no numbers."""
     return course_lib.devices(4, SPEC.with_(memory=1e13), backing="meta")
-
-
-def a_gpt(depth: int = DEPTH) -> GPT:
-    with torch.device("meta"):
-        return GPT(VOCABULARY, LENGTH, WIDTH, HEADS, depth, tied=False).to(BF16)
-
-
-def sizes(depth: int = DEPTH) -> Model:
-    return replace(gpt("", depth, WIDTH, HEADS, VOCABULARY), positions=LENGTH, tied=False)
-
-
-def tokens(rows: int, device: torch.device | str = "cpu") -> Tensor:
-    return torch.zeros(rows, LENGTH, dtype=torch.int64, device=device)
 
 
 def planned(layout: Layout, depth: int = DEPTH) -> StepTime:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import course_lib
+from bare_gpt import BareGPT
 from course_lib import ranks
 from course_lib.hardware import memory_in_use
 from course_lib.models import GPT, next_token_loss
@@ -34,7 +35,7 @@ from course_lib.parallel.sequence_order import SequenceParts
 from course_lib.parallel.sharded_data_parallel import Sharded
 from course_lib.parallel.tensor_parallel import ParallelGPT
 from course_lib.parallel.vocabulary import vocabulary_cross_entropy
-from course_lib.planner import Layout, Model, gpt
+from course_lib.planner import Layout
 from course_lib.planner.activations import in_flight, layer_activations
 from course_lib.planner.constants import fitted
 from course_lib.planner.memory import Memory, gpu_memory, stage_memory
@@ -42,6 +43,8 @@ from course_lib.planner.memory import Memory, gpu_memory, stage_memory
 VOCABULARY, LENGTH, WIDTH, HEADS, DEPTH, ROWS = 8192, 512, 1024, 16, 2, 8
 TOKENS = ROWS * LENGTH
 BF16 = torch.bfloat16
+BARE = BareGPT(VOCABULARY, LENGTH, WIDTH, HEADS, DEPTH)
+a_gpt, sizes, tokens = BARE.a_gpt, BARE.sizes, BARE.tokens
 # Tensors alone: nothing outside of the allocator, and nothing that it holds besides.
 TENSORS = replace(fitted(), outside=0.0, fragments=1.0)
 POSITIONS = 8 * LENGTH  # bytes of their numbers
@@ -52,19 +55,6 @@ SCALAR = 4  # bytes of a loss, or of its gradient
 def gpus(vgpus: list[torch.device]) -> list[torch.device]:
     """Four of them that hold no numbers."""
     return course_lib.devices(4, course_lib.A100, backing="meta")
-
-
-def a_gpt(depth: int = DEPTH) -> GPT:
-    with torch.device("meta"):
-        return GPT(VOCABULARY, LENGTH, WIDTH, HEADS, depth, tied=False).to(BF16)
-
-
-def sizes(depth: int = DEPTH) -> Model:
-    return replace(gpt("", depth, WIDTH, HEADS, VOCABULARY), positions=LENGTH, tied=False)
-
-
-def tokens(rows: int, device: torch.device | str = "cpu") -> Tensor:
-    return torch.zeros(rows, LENGTH, dtype=torch.int64, device=device)
 
 
 def layout(batch: int = ROWS, **sizes: Any) -> Layout:
