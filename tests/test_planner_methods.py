@@ -256,18 +256,20 @@ class WithPositions(nn.Module):
         return head(nn.Sequential(*blocks)(x_BTD))
 
 
+@pytest.mark.parametrize("rotation", ["alltoall", "allgather"])
 @pytest.mark.parametrize(("width", "length"), [(2048, 8192), (4096, 4096)])
-def test_pytorchs_context_parallelism(gpus: list[torch.device], width: int, length: int) -> None:
+def test_pytorchs_context_parallelism(
+    gpus: list[torch.device], width: int, length: int, rotation: str
+) -> None:
     """At usual widths, its own engine; gradients are summed by another one.
 
-    It merges each GPU's part of the attention in float32, operation by operation, which the planner
-    leaves out: forward 38 bytes a number for each GPU but the first, and 12; backward 20, and 10.
+    It merges each GPU's part of the attention in float32, operation by operation.
     """
     rows, members = 2, len(gpus)
 
     def work() -> float:
         dist.init_process_group()
-        _attention.set_rotate_method("alltoall")
+        _attention.set_rotate_method(rotation)
         with torch.device("meta"):
             whole = GPT(VOCABULARY, length, width, width // 128, 1, tied=False).to(BF16)
         model = WithPositions(whole).to("vgpu")
@@ -291,10 +293,7 @@ def test_pytorchs_context_parallelism(gpus: list[torch.device], width: int, leng
     time = step_time(model, cluster("A100", members), layout, SHEET)
     gradients = sum(each.total for each in time.collectives if each.name == "gradients")
     planned = time.total - time.optimizer - gradients
-    merging = (38 + 20) * (members - 1) + 12 + 20 + 10
-    merged = layout.tokens * width * merging / SPEC.memory_bandwidth
-    assert planned + merged == pytest.approx(took, rel=0.05)
-    assert 0.9 * took < planned < took
+    assert planned == pytest.approx(took, rel=0.05)
 
 
 def test_expert_parallelism(gpus: list[torch.device]) -> None:

@@ -94,10 +94,7 @@ def layer_collectives(
     """What one layer sends in one pass of one microbatch, besides parameters.
 
     The counts are those of a forward pass. A backward pass sends as much; but under context
-    parallelism keys and values go round once more, and their gradients as well (lesson 07). The
-    memory traffic of merging each round's part of the attention is left out: next to nothing where
-    keys and values are gathered, as Llama 3 does (arXiv:2407.21783, section 3.3.2), and up to a
-    tenth of the time of PyTorch's ring.
+    parallelism keys and values go round once more, and their gradients as well (lesson 07).
     """
     activations = layout.tokens * model.hidden * 2.0
     found = []

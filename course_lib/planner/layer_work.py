@@ -27,6 +27,10 @@ _HEADS = 4.0
 # For each score: write, mask and scale (read, write), softmax (read, write), dropout (read, write,
 # half a mask), read.
 _SCORES = 8.5
+# Bytes for each number that attention returns, where PyTorch's ring merges what the keys of each
+# GPU add to it, in float32 and operation by operation (torch.distributed.tensor.experimental): for
+# each GPU but the first, and once.
+_MERGING, _MERGING_BACKWARD = (38.0, 12.0), (20.0, 30.0)
 # The head's logits in float32: written, then read and written for the loss, and once more back.
 _LOGITS = 12.0
 # What a multiprocessor computes at a time: a tile of 128 x 256 of a product's numbers.
@@ -206,11 +210,21 @@ class LayerTimes:
         if layout.attention != "unfused":
             # Five products instead of two in the backward pass: scores are made again.
             flops *= 2.5 if backward else 1.0
-            return flops * 0.5 / (self.peak * constants.attention_part(self.gpu, layout.attention))
+            rate = self.peak * constants.attention_part(self.gpu, layout.attention)
+            return flops * 0.5 / rate + self.moving(self._merged_bytes(backward))
         heads = self.model.heads / layout.tensor
         scores = layout.tokens * layout.sequence_length * heads * 2.0 * _SCORES
         once = flops / self.rate + self.moving(scores) * constants.scores_traffic
         return once * (2 if backward else 1)
+
+    def _merged_bytes(self, backward: bool) -> float:
+        """Bytes that merging moves under context parallelism, unless a kernel does it."""
+        model, layout = self.model, self.layout
+        if layout.context == 1 or layout.kernels != "eager":
+            return 0.0
+        each, once = _MERGING_BACKWARD if backward else _MERGING
+        numbers = layout.tokens * model.heads * model.head_size / layout.tensor
+        return numbers * (each * (layout.context - 1) + once) * self.constants.traffic("eager")
 
     def _other_bytes(self) -> float:
         model, layout = self.model, self.layout
