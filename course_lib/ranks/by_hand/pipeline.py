@@ -37,7 +37,7 @@ class StageOfRank:
         """Microbatch ``i`` through this stage; the first takes ``x``, the others receive theirs."""
         if x is None:
             x = self._receive(self.rank - 1)
-        x = x.detach().requires_grad_(x.is_floating_point())
+        x = x.detach().requires_grad_(self.rank > 0)  # the gradient of the data is for nobody
         out = self.layers(x)
         self.kept[i] = x, out
         if self.rank < self.last:
