@@ -46,6 +46,21 @@ def test_the_line_names_the_kind_that_was_asked_for(capsys: pytest.CaptureFixtur
     assert course_lib.memory_capacity(device) == 8e9
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("H100", "an H100 with"),
+        ("GB200", "a GB200 with"),
+        ("RTX 4060 Laptop", "an RTX 4060 Laptop with"),
+        ("test GPU", "a test GPU with"),
+        ("Instinct MI300X", "an Instinct MI300X with"),
+    ],
+)
+def test_the_line_reads_as_it_is_spoken(name: str, words: str, capsys: pytest.CaptureFixture):
+    course_lib.devices(1, H100.with_(name=name))
+    assert f"each like {words}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("count", [0, -1, 129, 300, "4", 2.0, True, None, [1]])
 def test_a_count_that_is_none_is_refused(count: object):
     with pytest.raises(ValueError, match=r"^devices\(count\) takes a whole number from 1 to 128: "):

@@ -82,8 +82,9 @@ def devices(
     )
     places = f" in {nodes} nodes, joined by {spec.network.name}" if nodes > 1 else ""
     print(
-        f"{_plural(count, 'virtual GPU')}{places}: {_range(DEVICE_TYPE, count)}, each like an "
-        f"{spec.name} with {format_bytes(spec.memory)} of memory. Times are simulated.{numbers}"
+        f"{_plural(count, 'virtual GPU')}{places}: {_range(DEVICE_TYPE, count)}, each like "
+        f"{_with_article(spec.name)} with {format_bytes(spec.memory)} of memory. "
+        f"Times are simulated.{numbers}"
     )
     return [torch.device(DEVICE_TYPE, index) for index in range(count)]
 
@@ -138,6 +139,12 @@ def real_gpus(count: int) -> list[torch.device]:
 
 def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' if count > 1 else ''}"
+
+
+def _with_article(name: str) -> str:
+    """An H100, a GB200: a name that begins with capitals is read letter by letter."""
+    vowels = "AEFHILMNORSX" if name[:2].isupper() or name[1:2].isdigit() else "AEIOaeiou"
+    return f"an {name}" if name[:1] in vowels else f"a {name}"
 
 
 def _range(kind: str, count: int) -> str:
