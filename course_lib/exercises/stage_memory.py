@@ -85,6 +85,7 @@ def mistake_of(model: Model, layout: Layout, kept: float, stage: int, ours: floa
         (counts, {"flight": p}),
         (counts, {"flight": p - stage}),
         (counts, {"flight": stage + 1}),
+        (counts, {"flight": min(m, p - stage - 1)}),
         ("All microbatches at once is GPipe; under 1F1B stage r keeps p - r.", {"flight": m}),
         ("ZeRO-1 divides the optimizer's 12 bytes by the replicas.", {"optimizer": 12.0}),
         (
@@ -109,6 +110,6 @@ def mistake_of(model: Model, layout: Layout, kept: float, stage: int, ours: floa
     state = right.bytes(model, 0.0) - right.logits
     activations = right.layers * kept * right.flight
     return (
-        f" State {state / 1e9:.2f}, activations {activations / 1e9:.2f}, logits "
-        f"{right.logits / 1e9:.2f}."
+        f" Right are {state / 1e9:.2f} GB of state, {activations / 1e9:.2f} of activations and "
+        f"{right.logits / 1e9:.2f} of logits."
     )

@@ -176,6 +176,17 @@ def the_wrong_way_round(model, layout, kept):
     return stages(model, layout, kept, flight=lambda r: min(r + 1, layout.microbatches))
 
 
+@STAGES.wrong("stage 0 holds", "Under 1F1B stage r keeps p - r")
+def one_too_few(model, layout, kept):
+    flight = lambda r: min(layout.pipeline - r - 1, layout.microbatches)  # noqa: E731
+    return stages(model, layout, kept, flight=flight)
+
+
+@STAGES.wrong("Right are 20.43 GB of state, 22.48 of activations and 0.00 of logits")
+def divided_by_tensor_once_more(model, layout, kept):
+    return stages(model, layout, kept / layout.tensor)
+
+
 @STAGES.wrong("ZeRO-1 divides the optimizer's 12 bytes by the replicas")
 def nothing_sharded(model, layout, kept):
     return stages(model, layout, kept, each=18)
@@ -262,7 +273,22 @@ def more_virtual_stages_than_layers(p, m, layers, share):
     )
 
 
-@VIRTUAL.wrong("8 stages, 64 microbatches", "1 is right, and yours is 8")
+@VIRTUAL.wrong("1 stage, 8 microbatches", "1 is right, and yours is None")
+def less_than_the_share(p, m, layers, share):
+    return None if p == 1 else fitting(p, m, layers, share)
+
+
+@VIRTUAL.wrong("a share of 0.1: None is right, and yours is 0", "None if no number is enough")
+def zero_for_none(p, m, layers, share):
+    return fitting(p, m, layers, share) or 0
+
+
+@VIRTUAL.wrong("should return a number, and returned a str")
+def in_words(p, m, layers, share):
+    return str(fitting(p, m, layers, share))
+
+
+@VIRTUAL.wrong("1 is right, and yours is 8", "9.9 %, as a part of the step")
 def a_stage_a_layer(p, m, layers, share):
     return layers // p
 
@@ -331,6 +357,13 @@ def the_hours_of_the_first_that_fits_divided(best_plan, counts, tokens, days):
     if days_or_never(best_plan, counts[-1], tokens) > days:
         return None
     hours = best_plan(fits[0]).gpu_hours(tokens)
+    return next((n for n in fits if hours / n / 24 <= days), None)
+
+
+@FEWEST.wrong("150 billion tokens in 30 days: 64 is right, and yours is 96", "so are fewer")
+def the_hours_of_the_largest_divided(best_plan, counts, tokens, days):
+    fits = [n for n in counts if days_or_never(best_plan, n, tokens) < float("inf")]
+    hours = best_plan(counts[-1]).gpu_hours(tokens)
     return next((n for n in fits if hours / n / 24 <= days), None)
 
 
