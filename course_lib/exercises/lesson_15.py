@@ -143,7 +143,7 @@ def _require_silence(report: Report) -> None:
     facts = [(each.instrument, f"step {each.step}: {each.reading}", "silence") for each in others]
     raise Wrong(
         f"after step {first.step} an instrument finds something. {first.instrument}: "
-        f"{first.reading}",
+        f"{first.reading}.",
         facts,
     )
 

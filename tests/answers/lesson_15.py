@@ -275,6 +275,12 @@ THAWED.right(
     ))
 )  # fmt: skip
 
+THAWED.right(
+    changed("thawed", "the list made anew when the layer thaws", (
+        "if steps == 3:", "if steps == 3:\n    reduced[:] = parameter_copies(replicas)"
+    ))
+)  # fmt: skip
+
 MOVED = exercise("moved", "after step 3", "against one device")
 SAVED = 'saved = {"model": replicas[0].state_dict()}'
 AGAIN = "optimizers[:] = [SGD(r.parameters(), lr=0.1, momentum=0.9) for r in replicas]"
@@ -562,6 +568,11 @@ LENGTH.wrong("timeline: device 0")(
         ("lengths.argsort(stable=True)", "lengths.argsort(stable=True).flip(0)"),
     )
 )
+LENGTH.right(
+    changed("by_length", "not sorted", (
+        "lengths.argsort(stable=True)", "torch.arange(len(lengths))"
+    ))
+)  # fmt: skip
 LENGTH.right(
     changed("by_length", "unsorted", (OWN, "own = torch.arange(len(x)).chunk(len(gpus))[rank]"))
 )

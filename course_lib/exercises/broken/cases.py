@@ -170,6 +170,7 @@ CASES: dict[str, Case] = {
         lines=(
             "reduced = [copies for copies in parameter_copies(replicas)",
             "for copies in reduced:",
+            "replica[0].requires_grad_(True)",
         ),
         alone=_unfrozen_at_the_third,
     ),
@@ -277,7 +278,10 @@ CASES: dict[str, Case] = {
         meters.by_length,
         "GPUs wait for one another",
         "passages are dealt out by length",
-        lines=("own = by_length.chunk(len(gpus))[rank]",),
+        lines=(
+            "own = by_length.chunk(len(gpus))[rank]",
+            "by_length = lengths.argsort(stable=True)",
+        ),
         make_model=_token_model,
         batches=lambda steps: padded(steps, 32, 2, 9, 24, 3, 6, 18, 2, 13),
         loss=next_token_loss,
