@@ -338,3 +338,42 @@ def test_bad_input_is_refused_in_one_line():
         doctor.examine(a_model(), prepare_with(mean), [], F.cross_entropy, sgd, gpus)
     with pytest.raises(ValueError, match="returns the replicas of that model, and a step"):
         doctor.examine(a_model(), lambda m, g: ([], print), batches(), F.cross_entropy, sgd, gpus)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "words"),
+    [
+        ({"prepare": lambda m, g: None}, TypeError, r"a function step\(x, y\), and not None"),
+        ({"prepare": lambda m, g: [m]}, TypeError, "and not a list of "),
+        ({"prepare": lambda m, g: (m, print)}, TypeError, "the replicas of that model, a list"),
+        ({"prepare": lambda m, g: ([m], None)}, TypeError, r"a tuple of \(list, NoneType\)"),
+        ({"batches": batches()[0]}, TypeError, r"pairs of tensors \(x, y\), .* not a Tensor"),
+        ({"batches": [([1.0], [2])]}, TypeError, r"and not a tuple of \(list, list\)"),
+        (
+            {"make_optimizer": torch.optim.SGD(a_model().parameters(), 0.1)},
+            TypeError,
+            "SGD is none",
+        ),
+        (
+            {"batches": lambda gpu: [(x.to(gpu), y) for x, y in batches()]},
+            ValueError,
+            "on the host",
+        ),
+        ({"model": lambda gpu: a_model().to(gpu)}, ValueError, "the model is on vgpu:0"),
+    ],
+)
+def test_what_cannot_be_examined_is_refused_in_one_line(changed, error, words):
+    gpus = course_lib.devices(N)
+    given = {
+        "model": a_model(),
+        "prepare": prepare_with(mean),
+        "batches": batches(),
+        "loss_function": F.cross_entropy,
+        "make_optimizer": sgd,
+    }
+    for name, value in changed.items():
+        is_on_gpu = name in ("batches", "model") and callable(value)
+        given[name] = value(gpus[0]) if is_on_gpu else value
+    with pytest.raises(error, match=words) as caught:
+        doctor.examine(**given, gpus=gpus)
+    assert "\n" not in str(caught.value)

@@ -393,11 +393,51 @@ def test_an_input_keeps_its_version(vgpus):
         (lambda x: dist.all_gather([x], x), "a tensor for each of the 4 ranks"),
         (lambda x: dist.all_gather_single(x, x.clone()), "4 times the numbers"),
         (lambda x: dist.all_to_all_single(x, x.clone()), "do not divide the 6 rows"),
+        (lambda x: dist.all_to_all_single(x[0], x[1]), "the output is a single number"),
+        (lambda x: dist.all_to_all_single(x, x, ["2"] * 4, ["2"] * 4), "must be whole numbers"),
+        (lambda x: dist.all_to_all_single(x, x, [9, -1, -1, -1], None), "none of them below zero"),
+        (lambda x: dist.broadcast(x, src=7), "broadcast: there is no rank 7 .* they are 0 to 3"),
+        (lambda x: dist.broadcast(x, src=-1), "broadcast: there is no rank -1"),
+        (lambda x: dist.reduce(x, dst=7), "reduce: there is no rank 7"),
+        (lambda x: dist.scatter(x, src=-4), "scatter: there is no rank -4"),
+        (lambda x: dist.gather(x, dst=7), "gather: there is no rank 7"),
+        (lambda x: dist.send(x, dst=9), "send: there is no rank 9"),
+        (lambda x: dist.send(x, dst=-1), "send: there is no rank -1"),
+        (lambda x: dist.recv(x, src=-1), "receive: there is no rank -1"),
+        (lambda x: dist.recv(x, src="0"), "receive: a rank is a whole number, and '0' is none"),
+        (lambda x: dist.all_reduce(x, dist.ReduceOp.BAND), "BAND is not there for float32"),
+        (lambda x: dist.all_reduce(x > 1, dist.ReduceOp.AVG), "AVG is not there for bool"),
+        (
+            lambda x: dist.all_reduce(x.to(torch.float8_e4m3fn)),
+            "SUM is not there for float8_e4m3fn: reduce another dtype, such as float32",
+        ),
     ],
 )
 def test_what_cannot_be_is_said(vgpus, call, words):
-    with pytest.raises((ValueError, NotImplementedError), match=words):
+    with pytest.raises((TypeError, ValueError, NotImplementedError), match=words):
         on_ranks(vgpus, lambda rank: call(torch.ones(6, device="vgpu")))
+
+
+def test_who_asks_until_it_is_done_lets_the_others_come(vgpus):
+    def ask(rank: int) -> float:
+        x = numbers(rank)
+        work = dist.all_reduce(x, async_op=True)
+        while not work.is_completed():
+            numbers(rank).sum().item()  # time passes
+        work.wait()
+        return x[0].item()
+
+    assert on_ranks(vgpus, ask) == [60.0] * N
+
+
+def test_the_store_of_the_ranks_can_be_used(vgpus):
+    def meet(rank: int) -> bytes:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"of rank {rank}", str(rank))
+        store.wait([f"of rank {other}" for other in range(N)])
+        return store.get(f"of rank {(rank + 1) % N}")
+
+    assert on_ranks(vgpus, meet) == [b"1", b"2", b"3", b"0"]
 
 
 def test_a_run_leaves_no_streams(vgpus):

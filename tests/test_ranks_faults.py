@@ -6,6 +6,7 @@ import _thread
 import gc
 import os
 import signal
+import subprocess
 import sys
 import threading
 import traceback
@@ -13,6 +14,7 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import course_lib
@@ -69,6 +71,82 @@ def test_two_sends_that_wait_for_each_other_are_a_deadlock(vgpus):
     with pytest.raises(ranks.DeadlockError, match="a send to rank 1, which has posted no receive"):
         ranks.run(both_send, vgpus[:2])
     assert_usable(vgpus)
+
+
+def test_a_send_with_another_tag_than_its_receive_is_named(vgpus):
+    def differ() -> None:
+        dist.init_process_group()
+        x = torch.zeros(3, device="vgpu")
+        if rank_here() == 0:
+            dist.send(x, dst=1, tag=1)
+        else:
+            dist.recv(x, src=0, tag=2)
+
+    with pytest.raises(ranks.DeadlockError) as caught:
+        ranks.run(differ, vgpus[:2])
+    assert "in a send with tag 1 to rank 1" in str(caught.value)
+    assert "which has sent nothing with tag 2" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"rank": 0, "world_size": 2},
+        {"rank": 1, "world_size": 3},
+        {"rank": 0, "world_size": 1, "store": dist.HashStore()},
+        {"backend": "mpi"},
+    ],
+)
+def test_a_rank_that_says_it_is_another_is_refused(vgpus, numbers):
+    def begin() -> None:
+        dist.init_process_group(**numbers)
+
+    with pytest.raises(ValueError, match=r"and this is rank . of 2: leave rank= and world_size="):
+        ranks.run(begin, vgpus[:2])
+    assert_usable(vgpus)
+
+
+def test_what_belongs_to_ranks_that_have_ended_says_so(vgpus):
+    def begin() -> tuple:
+        dist.init_process_group()
+        x = torch.ones(2, device="vgpu")
+        return dist.group.WORLD, dist.all_reduce(x, async_op=True), fully_shard(nn.Linear(2, 2))
+
+    group, work, model = ranks.run(begin, vgpus)[0]
+    for use in (
+        lambda: group.allreduce([torch.ones(1)]),
+        lambda: group.send([torch.ones(1)], 1, 0),
+        work.wait,
+        lambda: model(torch.ones(1, 2, device="vgpu")),
+    ):
+        with pytest.raises(RuntimeError, match="this belongs to ranks that have ended"):
+            use()
+
+
+HOOKS = """
+import torch
+from course_lib import devices, ranks  # ranks is imported before there is a virtual GPU
+
+def fail(gradient):
+    raise ValueError("from the hook")
+
+def backward():
+    x = torch.ones(2, device="vgpu", requires_grad=True)
+    y = x * 2
+    y.register_hook(fail)
+    y.sum().backward()
+
+try:
+    ranks.run(backward, devices(2))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_the_error_of_a_hook_is_that_of_the_run():
+    """In a process of its own: here virtual GPUs were there before anything was imported."""
+    done = subprocess.run([sys.executable, "-c", HOOKS], capture_output=True, text=True)
+    assert done.stdout.endswith("from the hook\n"), done.stderr
 
 
 def test_ranks_that_differ_inside_of_a_backward_pass_are_named(vgpus):

@@ -275,11 +275,12 @@ def mixed() -> None:
     [
         (mixed, r"mixed_precision=...\) does not train on virtual GPUs: take torch.autocast"),
         (lambda: dist.split_group(None, [[0, 1], [2, 3]]), "split_group: call new_group"),
+        (lambda: dist.TCPStore("localhost", 1), r"TCPStore: call init_process_group\(\) without"),
         (lambda: torch.distributed.checkpoint.async_save({}), "async_save: call torch.distributed"),
         (lambda: torch.distributed.rpc.init_rpc("me"), "init_rpc: send tensors with"),
         (lambda: torch.multiprocessing.spawn(print), "spawn: a rank is there for each GPU"),
     ],
-    ids=["mixed_precision", "split_group", "async_save", "rpc", "spawn"],
+    ids=["mixed_precision", "split_group", "TCPStore", "async_save", "rpc", "spawn"],
 )
 def test_what_virtual_ranks_do_not_do_is_refused_in_one_line(
     vgpus, ask: Callable[[], Any], says: str
@@ -287,3 +288,12 @@ def test_what_virtual_ranks_do_not_do_is_refused_in_one_line(
     with pytest.raises(NotImplementedError, match=says) as caught:
         on_ranks(vgpus, ask)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch.cuda.set_device works here")
+@pytest.mark.parametrize(
+    "ask", [lambda: torch.cuda.set_device(0), lambda: init_device_mesh("cuda", (4,))]
+)
+def test_who_takes_virtual_gpus_for_those_of_cuda_is_told_their_name(vgpus, ask):
+    with pytest.raises(NotImplementedError, match="current from the start, and called 'vgpu'"):
+        on_ranks(vgpus, ask)

@@ -165,6 +165,7 @@ def test_callers_at_once_do_not_meet():
         ({}, ValueError, r"ranks\.run\(function, gpus\) or"),
         ({"processes": 0}, ValueError, "a whole number above zero: 0"),
         ({"processes": 2, "timeout": 0}, ValueError, "a number of seconds above zero"),
+        ({"processes": 2, "timeout": "5"}, ValueError, "a number of seconds above zero: '5'"),
         ({"gpus": ["cuda:99"]}, RuntimeError, "cuda:99 is no GPU of this machine"),
         ({"gpus": ["vgpu:0"], "timeout": 1}, ValueError, "a timeout is for processes"),
     ],

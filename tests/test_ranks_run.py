@@ -7,6 +7,7 @@ import os
 import random
 import sys
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -189,11 +190,41 @@ def test_sys_exit_without_a_code_ends_a_rank(vgpus):
         (["vgpu:0", "vgpu:0"], ValueError, "a GPU of its own"),
         (["cpu"], RuntimeError, "virtual GPUs, and cpu is none"),
         (["vgpu:9"], RuntimeError, "vgpu:9 does not exist"),
+        (["vgpu"], RuntimeError, "vgpu does not say which GPU"),
+        (4, TypeError, "takes a list of GPUs, as course_lib.devices.* and not 4"),
+        ("vgpu:0", TypeError, "takes a list of GPUs, .* and not 'vgpu:0'"),
+        (torch.tensor([0, 1]), TypeError, "takes a list of GPUs"),
     ],
 )
 def test_gpus_that_cannot_be_are_refused(vgpus, gpus, error, words):
     with pytest.raises(error, match=words):
         ranks.run(lambda: None, gpus)
+
+
+def test_gpus_may_come_one_by_one(vgpus):
+    assert ranks.run(lambda: 1, (gpu for gpu in vgpus)) == [1] * 4
+
+
+async def waits() -> None: ...
+
+
+def gives_one() -> Iterator[int]:
+    yield 1
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (None, "None is none: give train itself, and not what train.. returns"),
+        ("train", "'train' is none"),
+        (gives_one, "gives_one would only be begun"),
+        (waits, "waits would only be begun"),
+    ],
+)
+@pytest.mark.parametrize("where", [{"processes": 2}, {"gpus": ["vgpu:0"]}])
+def test_a_function_that_cannot_be_is_refused(vgpus, function, words, where):
+    with pytest.raises(TypeError, match=words):
+        ranks.run(function, **where)
 
 
 def test_what_a_rank_cannot_do_is_refused(vgpus):

@@ -19,9 +19,10 @@ it says where to look first. Lesson 15 goes from readings to causes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -129,10 +130,19 @@ def examine(
             of all parameters. 0 if it is not known.
 
     Raises:
-        ValueError: ``prepare`` made no replicas, or of another model; or there are no batches.
+        TypeError: ``prepare`` returns something else, a batch is no pair of tensors, or
+            ``make_optimizer`` is no function.
+        ValueError: ``prepare`` made no replicas, or of another model; there are no batches; the
+            model or a batch is not on the host.
     """
+    if not callable(make_optimizer):
+        raise TypeError(
+            "make_optimizer makes an optimizer of parameters, as torch.optim.AdamW does, and "
+            f"{_in_words(make_optimizer)} is none"
+        )
+    _check_on_host("the model", [*model.parameters(), *model.buffers()])
     reference = None if shuffles else Alone(model, loss_function, make_optimizer, alone)
-    replicas, step = prepare(deepcopy(model), gpus)
+    replicas, step = _prepared(prepare(deepcopy(model), gpus))
     names = [name for name, _ in model.named_parameters()]
     if not replicas or [name for name, _ in replicas[0].named_parameters()] != names:
         raise ValueError("prepare(model, gpus) returns the replicas of that model, and a step")
@@ -140,9 +150,47 @@ def examine(
         nbytes = sum(parameter.nbytes for parameter in model.parameters())
         bytes_a_step = all_reduce_bytes(len(replicas), nbytes)
     report = Report(Run(State(model), bytes_a_step, shuffles))
-    for run in watch(report.run, replicas, step, reference, batches):
+    for run in watch(report.run, replicas, step, reference, map(_checked, batches)):
         for name, instrument in INSTRUMENTS.items():
             report._note(name, instrument(run))
     if not report.steps:
         raise ValueError("there are no batches to train on")
     return report
+
+
+def _prepared(made: Any) -> tuple[Sequence[nn.Module], Step]:
+    """What ``prepare`` has returned, if it is what it should be."""
+    if isinstance(made, list | tuple) and len(made) == 2:
+        replicas, step = made
+        if isinstance(replicas, list | tuple | nn.ModuleList) and callable(step):
+            return list(replicas), step
+    raise TypeError(
+        "prepare(model, gpus) returns the replicas of that model, a list, and a function "
+        f"step(x, y), and not {_in_words(made)}"
+    )
+
+
+def _checked(batch: Any) -> tuple[Tensor, Tensor]:
+    is_pair = isinstance(batch, list | tuple) and len(batch) == 2
+    if not is_pair or not all(isinstance(each, Tensor) for each in batch):
+        raise TypeError(
+            f"batches gives pairs of tensors (x, y), as in [(x, y)] * 4, and not {_in_words(batch)}"
+        )
+    _check_on_host("a batch", batch)
+    return batch[0], batch[1]
+
+
+def _check_on_host(what: str, tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            raise ValueError(
+                f"{what} is on {tensor.device}: give it on the host, as with .cpu(); prepare and "
+                "step move copies of it"
+            )
+
+
+def _in_words(value: object) -> str:
+    """Its type, and of a few things together the type of each."""
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of ({', '.join(type(each).__name__ for each in value)})"
+    return "None" if value is None else f"a {type(value).__name__}"

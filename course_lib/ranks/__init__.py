@@ -93,7 +93,8 @@ What virtual ranks refuse, in one line: a run inside of a rank, ``course_lib.dev
 inside of a rank, GPUs that are shared, receiving from any source, ``split_group``,
 ``DistributedDataParallel`` with ``mixed_precision``, ``async_save`` of
 ``torch.distributed.checkpoint``, ``torch.distributed.rpc``, ``torch.multiprocessing.spawn``,
-``torch.compile``, symmetric memory.
+``torch.compile``, symmetric memory, ``TCPStore``, another ``rank`` or ``world_size`` than the
+rank's own.
 PyTorch's ``quantization_pertensor_hook`` and ``batched_powerSGD_hook`` failed here, in an error of
 their own; its other hooks run.
 

@@ -132,8 +132,7 @@ class Baton:
             DeadlockError: nobody can go on.
             RankStopped: another rank failed.
         """
-        runner = self.holder
-        assert runner is not None, "only the holder of the baton waits"
+        runner = self.in_turn()
         if self.is_stopping:
             raise RankStopped
         if wait.is_over():
@@ -148,6 +147,31 @@ class Baton:
             raise runner.fault
         if self.is_stopping:
             raise RankStopped
+
+    def let_others_run(self) -> None:
+        """Let all others go on as far as they can, and then this one. Called by the holder.
+
+        Raises:
+            RankStopped: another rank failed.
+        """
+        runner = self.in_turn()
+        self.pass_on(runner)
+        runner.turn.acquire()
+        if self.is_stopping:
+            raise RankStopped
+
+    def in_turn(self) -> Runner:
+        """The one that runs.
+
+        Raises:
+            RuntimeError: all have ended.
+        """
+        if self.holder is None:
+            raise RuntimeError(
+                "this belongs to ranks that have ended: groups, works and sharded models are there "
+                "inside of ranks.run() only. Return whole tensors from it, such as full_tensor()"
+            )
+        return self.holder
 
     def pass_on(self, runner: Runner) -> None:
         """Give the baton to the next one who can go on, or end if all have."""

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from unittest import mock
+from urllib.parse import parse_qsl, urlparse
 
 import torch
 import torch.distributed as dist
@@ -59,10 +60,16 @@ def used_by(run: Run) -> Iterator[None]:
 
     def make_group(options: Any, backend_options: Any) -> RankGroup:
         ranks = list(options.global_ranks_in_group) or list(range(len(run.gpus)))
+        if not options.global_ranks_in_group:
+            _check_numbers(run, options.group_rank, options.group_size)
         communicator, exchange = run.meeting_points(options.group_id, ranks)
         return RankGroup(run, communicator, exchange, options.group_rank, options.store)
 
     def meet_by_environment(url: str, *args: Any, **kwargs: Any) -> Iterator[tuple]:
+        asked = dict(parse_qsl(urlparse(url).query))
+        _check_numbers(
+            run, int(asked.get("rank", run.rank)), int(asked.get("world_size", len(run.gpus)))
+        )
         yield run.store(), run.rank, len(run.gpus)
 
     _register_once()
@@ -85,6 +92,15 @@ def used_by(run: Run) -> Iterator[None]:
         in_cpp._set_thread_isolation_mode(True)
         stack.callback(in_cpp._set_thread_isolation_mode, False)
         yield
+
+
+def _check_numbers(run: Run, rank: int, world_size: int) -> None:
+    """Raise if a program says that a rank is another one, or one of more or of fewer."""
+    if (rank, world_size) != (run.rank, len(run.gpus)):
+        raise ValueError(
+            f"init_process_group says rank {rank} of {world_size}, and this is rank {run.rank} of "
+            f"{len(run.gpus)}: leave rank= and world_size= out, and the backend 'mpi'"
+        )
 
 
 def _configure_for_ranks(self: Any, backend: str) -> None:

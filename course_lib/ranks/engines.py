@@ -15,7 +15,7 @@ Rests on ``DTensor._op_dispatcher._custom_op_handlers``,
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
@@ -55,7 +55,7 @@ def prepared() -> Iterator[None]:
             mock.patch.object(distributed, "_verify_param_shape_across_processes", _verify),
             sequence_parts.shared_rules(),
             refusals.in_place(),
-            mock.patch.object(torch.autograd, "_engine_run_backward", _run_backward),
+            mock.patch.object(torch.autograd, "_engine_run_backward", _backward_of_ranks()),
         ):
             stack.enter_context(change)
         yield
@@ -110,7 +110,6 @@ _here = _Here()
 _verify_any = distributed._verify_param_shape_across_processes
 _pre_forward_of_any = DistributedDataParallel._pre_forward
 _forward_of_any = DistributedDataParallel.forward
-_run_backward_of_any = torch.autograd._engine_run_backward
 
 
 def _forward(self: Any, *inputs: Any, **kwargs: Any) -> Any:
@@ -138,12 +137,21 @@ def _pre_forward(self: Any, *inputs: Any, **kwargs: Any) -> Any:
         return _pre_forward_of_any(self, *inputs, **kwargs)
 
 
-def _run_backward(*args: Any, **kwargs: Any) -> Any:
-    """In backward, DDP tells the other ranks which parameters it did not use."""
-    if not _here.asks_for_pinned_memory:
-        return _run_backward_of_any(*args, **kwargs)
-    with _reading(), _PinnedMemory():
-        return _run_backward_of_any(*args, **kwargs)
+def _backward_of_ranks() -> Callable[..., Any]:
+    """In backward, DDP tells the other ranks which parameters it did not use.
+
+    What runs backward is asked for here and not when this module is imported: that may be before
+    the first ``devices()``, which puts a function of virtual GPUs there.
+    """
+    run_backward = torch.autograd._engine_run_backward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not _here.asks_for_pinned_memory:
+            return run_backward(*args, **kwargs)
+        with _reading(), _PinnedMemory():
+            return run_backward(*args, **kwargs)
+
+    return run
 
 
 def _reading() -> AbstractContextManager[Any]:

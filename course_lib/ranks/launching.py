@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def run(
         MismatchError: ranks take part in different collectives.
         RuntimeError: it is called inside of a rank, a process died, or ``gpus`` are no GPUs.
         TimeoutError: a process has not ended in time.
-        TypeError: what a process is to run, or has returned, cannot be sent to another.
+        TypeError: ``function`` is none, or a generator; ``gpus`` is no list; what a process is to
+            run, or has returned, cannot be sent to another.
         ValueError: there are no ranks, or a GPU is there twice.
 
     What else a rank raises ends the others and is raised here: the error of the rank that failed
@@ -54,8 +56,11 @@ def run(
     """
     if Here.place is not None or running.is_in_a_rank():
         raise RuntimeError("ranks.run() cannot be called inside of a rank: its ranks are all there")
+    _check_function(function)
     if (gpus is None) == (processes is None):
         raise ValueError("ranks.run(function, gpus) or ranks.run(function, processes=4)")
+    if gpus is not None:
+        gpus = _listed(gpus)
     if gpus is None:
         devices = _of_processes(processes)
     elif gpus and not any(map(hardware.is_virtual, gpus)):
@@ -64,7 +69,8 @@ def run(
         raise ValueError("a timeout is for processes: a wait in vain on virtual GPUs ends at once")
     else:
         return running.run(function, gpus, *args)
-    if timeout is not None and not timeout > 0:
+    is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+    if timeout is not None and not (is_number and timeout > 0):
         raise ValueError(f"a timeout is a number of seconds above zero: {timeout!r}")
     tracebacks.install()
     # Imported here, since virtual ranks need no cloudpickle.
@@ -82,6 +88,29 @@ def device() -> torch.device:
     if Here.place is not None:
         return Here.place.device
     return running.device()
+
+
+def _check_function(function: Any) -> None:
+    if not callable(function):
+        raise TypeError(
+            f"ranks.run(function, ...) calls a function once a rank, and {function!r} is none: "
+            "give train itself, and not what train() returns"
+        )
+    if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+        raise TypeError(
+            f"{function.__name__} would only be begun: give ranks.run a function without yield "
+            "and async, which calls it to its end"
+        )
+
+
+def _listed(gpus: Any) -> list[Any]:
+    """Whatever gives ``gpus`` one by one, as a list: it is gone through more than once."""
+    if isinstance(gpus, str | torch.device | torch.Tensor) or not isinstance(gpus, Iterable):
+        raise TypeError(
+            f"ranks.run(function, gpus) takes a list of GPUs, as course_lib.devices(4) gives it, "
+            f"and not {gpus!r}"
+        )
+    return list(gpus)
 
 
 def _of_processes(count: int | None) -> list[torch.device]:

@@ -29,13 +29,21 @@ class Post:
     Attributes:
         side: :data:`SEND` or :data:`RECEIVE`.
         rank, other: the ranks of the world, this one and the one it means.
+        tag: what a receive must have in common with the send that it is for.
         line: where in the program it was posted.
     """
 
     def __init__(
-        self, side: str, tensor: Tensor, rank: int, other: int, device: torch.device, line: str
+        self,
+        side: str,
+        tensor: Tensor,
+        rank: int,
+        other: int,
+        tag: int,
+        device: torch.device,
+        line: str,
     ) -> None:
-        self.side, self.tensor = side, tensor
+        self.side, self.tensor, self.tag = side, tensor, tag
         self.rank, self.other, self.line = rank, other, line
         self.device = device
         self.moment = Moment(device)
@@ -56,9 +64,10 @@ class Post:
         self._is_over, self._host, self._end = True, host, end
 
     def __str__(self) -> str:
+        tagged = f" with tag {self.tag}" if self.tag else ""
         if self.side == SEND:
-            return f"in a send to rank {self.other}, which has posted no receive for it"
-        return f"in a receive from rank {self.other}, which has sent nothing"
+            return f"in a send{tagged} to rank {self.other}, which has posted no receive for it"
+        return f"in a receive{tagged} from rank {self.other}, which has sent nothing{tagged}"
 
 
 class Exchange:
@@ -90,7 +99,7 @@ class Exchange:
                 f"{side}: the tensor of rank {self._ranks[rank]} is on {tensor.device}; "
                 f"its GPU is {device}: put it there"
             )
-        post = Post(side, tensor, self._ranks[rank], self._ranks[other], device, line)
+        post = Post(side, tensor, self._ranks[rank], self._ranks[other], tag, device, line)
         sender, receiver = (rank, other) if side == SEND else (other, rank)
         opposite = RECEIVE if side == SEND else SEND
         partners = self._waiting[sender, receiver, tag, opposite]

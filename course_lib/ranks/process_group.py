@@ -49,7 +49,7 @@ class RankGroup(GroupIdentity):
 
     def allreduce(self, tensors: Any, opts: Any = ReduceOp.SUM, timeout: Any = None) -> dist.Work:
         tensors = _list(tensors)
-        reduction = self._reduction(opts)
+        reduction = self._reduction(opts, tensors)
         return self._meet(
             Call("all_reduce", calls.all_reduce, inputs=tensors, reduction=reduction), tensors
         )
@@ -61,13 +61,15 @@ class RankGroup(GroupIdentity):
         self, tensors: Any, opts: Any = 0, op: Any = ReduceOp.SUM, timeout: Any = None
     ) -> dist.Work:
         tensors = _list(tensors)
-        root, reduction = self._root(opts), self._reduction(opts if _has_op(opts) else op)
+        root = self._root("reduce", opts)
+        reduction = self._reduction(opts if _has_op(opts) else op, tensors)
         call = Call("reduce", calls.reduce, inputs=tensors, reduction=reduction, root=root)
         return self._meet(call, tensors)
 
     def broadcast(self, tensors: Any, opts: Any = 0, timeout: Any = None) -> dist.Work:
         tensors = _list(tensors)
-        call = Call("broadcast", calls.broadcast, inputs=tensors, root=self._root(opts))
+        root = self._root("broadcast", opts)
+        call = Call("broadcast", calls.broadcast, inputs=tensors, root=root)
         return self._meet(call, tensors)
 
     def allgather(
@@ -118,7 +120,7 @@ class RankGroup(GroupIdentity):
     def _reduce_scatter(
         self, name: str, output: Tensor, inputs: list[Tensor], opts: Any
     ) -> dist.Work:
-        reduction = self._reduction(opts)
+        reduction = self._reduction(opts, inputs)
         return self._meet(Call(name, calls.reduce_scatter, inputs, [output], reduction), [output])
 
     def reduce_scatter_single_coalesced(
@@ -156,7 +158,7 @@ class RankGroup(GroupIdentity):
     def gather(
         self, output_tensors: Any, input_tensors: Any, opts: Any = 0, timeout: Any = None
     ) -> dist.Work:
-        root, outputs = self._root(opts), _flattened(output_tensors)
+        root, outputs = self._root("gather", opts), _flattened(output_tensors)
         if self._rank == root:
             self._check_count("gather", outputs)
         inputs = _flattened(input_tensors)
@@ -166,7 +168,7 @@ class RankGroup(GroupIdentity):
     def scatter(
         self, output_tensors: Any, input_tensors: Any, opts: Any = 0, timeout: Any = None
     ) -> dist.Work:
-        root, inputs = self._root(opts), _flattened(input_tensors)
+        root, inputs = self._root("scatter", opts), _flattened(input_tensors)
         if self._rank == root:
             self._check_count("scatter", inputs)
         outputs = _flattened(output_tensors)
@@ -200,6 +202,8 @@ class RankGroup(GroupIdentity):
 
     def _post(self, side: str, tensors: Any, other: int, tag: int) -> dist.Work:
         (tensor,) = _list(tensors)
+        self._check_rank(side, other)
+        self._run.baton.in_turn()
         post = self._exchange.post(side, tensor, self._rank, other, tag, line_here())
         return self._made(post, [tensor])
 
@@ -227,6 +231,7 @@ class RankGroup(GroupIdentity):
 
     def _meet(self, call: Call, outputs: list[Tensor], blocks_host: bool = False) -> dist.Work:
         call.line = line_here()
+        self._run.baton.in_turn()  # nobody is to come to a run that is over
         try:
             meeting, number = self._communicator.arrive(self._rank, call)
         except MismatchError as error:
@@ -242,11 +247,26 @@ class RankGroup(GroupIdentity):
             self._together.append(work)
         return work
 
-    def _reduction(self, opts: Any) -> Reduction:
-        return Reduction(opts.reduceOp if _has_op(opts) else opts, self.size())
+    def _reduction(self, opts: Any, tensors: Sequence[Tensor]) -> Reduction:
+        reduction = Reduction(opts.reduceOp if _has_op(opts) else opts, self.size())
+        for tensor in tensors:
+            reduction.check(tensor)
+        return reduction
 
-    def _root(self, opts: Any) -> int:
-        return opts if isinstance(opts, int) else opts.rootRank
+    def _root(self, name: str, opts: Any) -> int:
+        root = opts if isinstance(opts, int) else opts.rootRank
+        self._check_rank(name, root)
+        return root
+
+    def _check_rank(self, name: str, rank: Any) -> None:
+        """Raise unless ``rank`` is one of this group; a list would take -1 for the last."""
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            raise TypeError(f"{name}: a rank is a whole number, and {rank!r} is none")
+        if not 0 <= rank < self.size():
+            raise ValueError(
+                f"{name}: there is no rank {rank} among the {self.size()} of the group: they are "
+                f"0 to {self.size() - 1}"
+            )
 
     def _check_count(self, name: str, tensors: Sequence[Tensor]) -> None:
         if len(tensors) != self.size():
@@ -264,6 +284,11 @@ class RankGroup(GroupIdentity):
 
     def _split(self, name: str, tensor: Tensor, sizes: Sequence[int] | None) -> list[Tensor]:
         count = self.size()
+        if tensor.dim() == 0:
+            raise ValueError(
+                f"all_to_all_single: the {name} is a single number, and has no rows to split: give "
+                f"it a row for each rank, as in x.expand({count}).contiguous()"
+            )
         if not sizes:
             if len(tensor) % count:
                 raise ValueError(
@@ -271,6 +296,11 @@ class RankGroup(GroupIdentity):
                     f"the {name}: give {name}_split_sizes"
                 )
             sizes = [len(tensor) // count] * count
+        if not all(isinstance(size, int) and size >= 0 for size in sizes):
+            raise ValueError(
+                f"all_to_all_single: {name}_split_sizes={list(sizes)} must be whole numbers of "
+                "rows, none of them below zero"
+            )
         if len(sizes) != count or sum(sizes) != len(tensor):
             raise ValueError(
                 f"all_to_all_single: {name}_split_sizes={list(sizes)} must be {count} numbers "

@@ -39,6 +39,20 @@ class Reduction:
         if self.factor is not None:
             total.mul_(self.factor)
 
+    def check(self, tensor: Tensor) -> None:
+        """Raise if numbers of that dtype cannot be reduced in this way.
+
+        Raises:
+            TypeError: they cannot.
+        """
+        dtype = tensor.dtype
+        has_bits = not (dtype.is_floating_point or dtype.is_complex)
+        may = has_bits if self.name in _OF_BITS else dtype.itemsize > 1 or has_bits
+        if not may or (dtype == torch.bool and self.changes_result):
+            name = str(dtype).removeprefix("torch.")
+            other = "whole numbers" if self.name in _OF_BITS else "another dtype, such as float32"
+            raise TypeError(f"{self.name} is not there for {name}: reduce {other}")
+
     @property
     def changes_result(self) -> bool:
         """Whether :meth:`finish` does anything."""
@@ -61,6 +75,8 @@ def _minimum(into: Tensor, other: Tensor) -> Tensor:
 def _maximum(into: Tensor, other: Tensor) -> Tensor:
     return torch.maximum(into, other, out=into)
 
+
+_OF_BITS = {"BAND", "BOR", "BXOR"}
 
 _COMBINE: dict[str, Combine] = {
     "SUM": Tensor.add_,

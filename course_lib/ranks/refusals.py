@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
 import torch.distributed.rpc as rpc
@@ -18,17 +19,21 @@ import torch.multiprocessing as multiprocessing
 
 _REFUSED = [
     (dist, "split_group", "call new_group"),
+    (dist, "TCPStore", "call init_process_group() without a store"),
     (checkpoint, "async_save", "call torch.distributed.checkpoint.save"),
     (rpc, "init_rpc", "send tensors with torch.distributed.send, objects with send_object_list"),
     (multiprocessing, "spawn", "a rank is there for each GPU already; call the function itself"),
 ]
+
+# What a program calls that takes virtual GPUs for those of CUDA, on a machine that has none.
+_CUDA = [(torch.cuda, "set_device", "a rank's GPU is current from the start, and called 'vgpu'")]
 
 
 @contextmanager
 def in_place() -> Iterator[None]:
     """Refuse, in the block, what is in the list above."""
     with ExitStack() as stack:
-        for module, name, instead in _REFUSED:
+        for module, name, instead in [*_REFUSED, *([] if torch.cuda.is_available() else _CUDA)]:
             refuse = _refusing(f"{module.__name__}.{name}", instead)
             stack.enter_context(mock.patch.object(module, name, refuse))
         yield

@@ -58,6 +58,7 @@ class Run:
         self._function, self._args = function, args
         self._returned: list[Any] = [None] * len(gpus)
         self._data: dict[str, bytes] = {}
+        self._stores: list[SharedStore] = []
         self._points: dict[str, tuple[Communicator, Exchange]] = {}
         self._pending: list[list[Pending]] = [[] for _ in gpus]
         own = ProcessState.as_it_is()
@@ -75,8 +76,7 @@ class Run:
     @property
     def rank(self) -> int:
         """That of the rank that runs."""
-        assert self.baton.holder is not None
-        return self.baton.holder.rank
+        return self.baton.in_turn().rank
 
     def results(self) -> list[Any]:
         """Run all ranks; what each returned.
@@ -115,8 +115,12 @@ class Run:
         return self._returned
 
     def store(self) -> SharedStore:
-        """A store of keys and values that all ranks share."""
-        return SharedStore(self.baton, self._data)
+        """A store of keys and values that all ranks share.
+
+        It is kept: C++ code holds what is C++ of it alone, without the methods that are Python.
+        """
+        self._stores.append(SharedStore(self.baton, self._data))
+        return self._stores[-1]
 
     def meeting_points(self, name: str, ranks: list[int]) -> tuple[Communicator, Exchange]:
         """Where the ranks of the group ``name`` meet: the same for all of them."""
@@ -136,8 +140,7 @@ class Run:
 
     def note_fault(self, error: BaseException) -> None:
         """Note what the rank that runs is about to raise, in case C++ loses it."""
-        assert self.baton.holder is not None
-        self.baton.holder.fault = error
+        self.baton.in_turn().fault = error
 
     def finish_pending(self) -> None:
         """Let the rank that runs wait for all that it has begun."""
@@ -172,6 +175,7 @@ class Run:
         """Keep no tensor: an error that was raised here keeps this object for as long as it is."""
         self._points.clear()
         self._pending.clear()
+        self._stores.clear()
         for state in self._states:
             state.values.clear()
         for runner in self.baton.runners:
@@ -211,7 +215,9 @@ def _checked(gpus: Sequence[torch.device]) -> list[torch.device]:
                 f"ranks.run() runs on virtual GPUs, and {device} is none: "
                 "take gpus = course_lib.devices(4, backing='cpu')"
             )
-        machine.check_index(-1 if device.index is None else device.index)
+        if device.index is None:
+            raise RuntimeError(f"{device} does not say which GPU: take '{device}:0' and so on")
+        machine.check_index(device.index)
     if len(set(devices)) < len(devices):
         raise ValueError(f"each rank needs a GPU of its own, and one is there twice: {devices}")
     return devices

@@ -71,6 +71,8 @@ class Work(torch.distributed.Work):
 
     def is_completed(self) -> bool:
         if not self._pending.is_over():
+            self._baton.let_others_run()  # who asks again and again would keep them from coming
+        if not self._pending.is_over():
             return False
         end = self._pending.end()
         return end is None or end.query()
