@@ -179,7 +179,7 @@ class Baton:
         self.passes += 1
         if self.passes % _COLLECT_EVERY == 0:
             gc.collect(1)
-        left = [each for each in self._in_turn(runner) if not each.has_ended]
+        left = [each for each in self._all_after(runner) if not each.has_ended]
         if not left:
             self.holder = None
             self._ended.set()
@@ -196,8 +196,8 @@ class Baton:
             self.first_to_fail = runner
         self.is_stopping = True
 
-    def _in_turn(self, runner: Runner) -> list[Runner]:
-        """All, beginning with the one after ``runner``."""
+    def _all_after(self, runner: Runner) -> list[Runner]:
+        """All in rank order, beginning with the one after ``runner``, which is last."""
         return self.runners[runner.rank + 1 :] + self.runners[: runner.rank + 1]
 
     def _give(self, runner: Runner) -> None:
