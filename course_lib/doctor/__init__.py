@@ -163,7 +163,7 @@ def _prepared(made: Any) -> tuple[Sequence[nn.Module], Step]:
     if isinstance(made, list | tuple) and len(made) == 2:
         replicas, step = made
         if isinstance(replicas, list | tuple | nn.ModuleList) and callable(step):
-            return list(replicas), step
+            return replicas, step  # the list itself: a step may put other replicas into it
     raise TypeError(
         "prepare(model, gpus) returns the replicas of that model, a list, and a function "
         f"step(x, y), and not {_in_words(made)}"
