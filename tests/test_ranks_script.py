@@ -73,3 +73,20 @@ def test_a_script_for_torchrun_runs_unmodified(script, capsys):
 def test_a_script_that_is_not_there_is_said(tmp_path):
     with pytest.raises(SystemExit, match="there is no script"):
         main(["2", str(tmp_path / "none.py")])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["0"], "takes a whole number from 1 to 128: 0"),
+        (["500"], "takes a whole number from 1 to 128: 500"),
+        (["--backing", "gpu", "2"], "backing='gpu' is not on this machine"),
+        (["--divide", "0", "2"], "divided by a positive number"),
+    ],
+)
+def test_gpus_that_cannot_be_are_said_in_one_line(tmp_path, options, words):
+    script = tmp_path / "script.py"
+    script.touch()
+    with pytest.raises(SystemExit, match=words) as caught:
+        main([*options, str(script)])
+    assert "\n" not in str(caught.value.code)

@@ -693,3 +693,16 @@ def test_a_value_printed_without_waiting_for_its_stream_is_reported(gpus: Device
     ((first, second, _),) = reports_of(lambda: program(False))
     assert (first[1], second) == ("vgpu:0 stream 1", ("repr", "vgpu:0 default stream"))
     assert reports_of(lambda: program(True)) == []
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (lambda: torch.vgpu.current_stream().wait_stream(None), "wait_stream takes the stream of"),
+        (lambda: torch.vgpu.current_stream().wait_event("x"), "wait_event takes the event of"),
+        (lambda: torch.vgpu.stream(3), "takes a stream, as torch.vgpu.Stream.* and not 3"),
+    ],
+)
+def test_what_is_no_stream_and_no_event_is_refused(gpus: Devices, ask, words):
+    with pytest.raises(TypeError, match=words):
+        ask()

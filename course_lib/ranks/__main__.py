@@ -25,7 +25,10 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.script.is_file():
         raise SystemExit(f"there is no script {options.script}")
     gpu: specs.Spec = getattr(specs, options.gpu)
-    gpus = course_lib.devices(options.ranks, gpu / options.divide, backing=options.backing)
+    try:
+        gpus = course_lib.devices(options.ranks, gpu / options.divide, backing=options.backing)
+    except (RuntimeError, ValueError) as error:
+        raise SystemExit(str(error)) from None
     program = _cuda_program if options.cuda else main_program
     with program(options.script, options.arguments) as run, course_lib.trace() as trace:
         try:

@@ -82,10 +82,12 @@ class Stream:
 
     def wait_stream(self, other: Stream) -> None:
         """Let what is enqueued here from now on start after all that is on ``other`` now."""
+        _check("wait_stream", other, Stream)
         self._come_after(other._now())
 
     def wait_event(self, event: Event) -> None:
         """Let what is enqueued here from now on start after ``event``."""
+        _check("wait_event", event, Event)
         event.wait(self)
 
     def record_event(self, event: Event | None = None) -> Event:
@@ -266,3 +268,12 @@ class Event:
                 "elapsed_time needs two events that have happened: call synchronize() first"
             )
         return (end._moment.settle() - self._moment.settle()) * 1e3
+
+
+def _check(method: str, given: object, kind: type) -> None:
+    if not isinstance(given, kind):
+        name = kind.__name__.lower()
+        raise TypeError(
+            f"{method} takes the {name} of a virtual GPU, as course_lib.{name}(gpu) makes it, and "
+            f"not {given!r}"
+        )

@@ -131,7 +131,14 @@ class DeviceModule:
 
     def stream(self, stream: streams.Stream | None) -> AbstractContextManager:
         """Work inside of the block is enqueued on ``stream``; ``None`` changes nothing."""
-        return nullcontext() if stream is None else stream
+        if stream is None:
+            return nullcontext()
+        if not isinstance(stream, streams.Stream):
+            raise TypeError(
+                f"torch.{DEVICE_TYPE}.stream takes a stream, as torch.{DEVICE_TYPE}.Stream() makes "
+                f"it, and not {stream!r}"
+            )
+        return stream
 
     def device_of(self, tensor: Any) -> AbstractContextManager:
         """The device of ``tensor`` is the current one inside of the block, if it is on one."""
