@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -163,7 +163,8 @@ def _prepared(made: Any) -> tuple[Sequence[nn.Module], Step]:
     if isinstance(made, list | tuple) and len(made) == 2:
         replicas, step = made
         if isinstance(replicas, list | tuple | nn.ModuleList) and callable(step):
-            return replicas, step  # the list itself: a step may put other replicas into it
+            # Itself and no copy: a step may put other replicas into the list.
+            return cast("Sequence[nn.Module]", replicas), step
     raise TypeError(
         "prepare(model, gpus) returns the replicas of that model, a list, and a function "
         f"step(x, y), and not {_in_words(made)}"

@@ -25,6 +25,10 @@ Ticket = tuple["Stream", int, str]
 # As many streams as PyTorch has for each device; who asks for more gets the first ones again.
 STREAMS_A_DEVICE = 32
 
+# What a question costs the host if the answer is no. A program that asks until something is done
+# would ask forever on a clock that stands still.
+_SECONDS_OF_A_QUESTION = 1e-6
+
 
 class Timekeeper(Protocol):
     """What a stream asks of the clock that it belongs to, which is a ``clock.Clock``."""
@@ -211,11 +215,12 @@ class Moment:
         return max(self.seconds, self.stream.clock.tasks.end_of(self.tasks))
 
     def is_past(self) -> bool:
-        """Whether it has come, by the host's clock."""
+        """Whether it has come, by the host's clock. A no takes the host a moment of its time."""
         self.stream.check_in_use()
         clock = self.stream.clock
         clock.tasks.settle_until(clock.host)
         if any(task.end is None for task in self.tasks) or self.settle() > clock.host:
+            clock.host += _SECONDS_OF_A_QUESTION
             return False
         clock.wait(self.seconds, self.stream, self.count, self.seen)  # not long: the host knows
         return True
