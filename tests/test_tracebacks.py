@@ -6,7 +6,7 @@ import torch
 from nbclient import NotebookClient
 
 from course_lib.tracebacks import up_to_the_learner
-from notebook_tools import ANSI, same_handlers
+from notebook_tools import ANSI, PATIENCE, same_handlers
 
 SETUP = """import torch, course_lib
 gpus = course_lib.devices(2, course_lib.CLASSROOM.with_(memory=1e6))
@@ -26,7 +26,7 @@ def said(*sources: str) -> list[str]:
     cells = [nbformat.v4.new_code_cell(source) for source in sources]
     nb = nbformat.v4.new_notebook(cells=cells)
     with same_handlers():
-        NotebookClient(nb, timeout=120, kernel_name="python3", allow_errors=True).execute()
+        NotebookClient(nb, timeout=PATIENCE, kernel_name="python3", allow_errors=True).execute()
     texts = []
     for cell in cells[1:]:
         (error,) = [out for out in cell.outputs if out.output_type == "error"]

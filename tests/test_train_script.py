@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from course_lib import ranks
 from course_lib.ranks.__main__ import main as launch
+from notebook_tools import PATIENCE
 from process_leftovers import nothing_left
 from training_runs import EXAMPLES, SCRIPT, SMALL, trained
 
@@ -105,7 +106,7 @@ def launched(script: Path, folder: Path, *options: str, count: int = 1) -> str:
         for _ in range(count)
     ]
     try:
-        said = [launcher.communicate(timeout=200)[0] for launcher in launchers]
+        said = [launcher.communicate(timeout=PATIENCE)[0] for launcher in launchers]
     finally:
         for launcher in launchers:
             launcher.terminate()  # it stops its workers, if it has not ended

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from notebook_tools import PATIENCE
+
 pytestmark = [
     pytest.mark.usefixtures("vgpus"),
     pytest.mark.skipif(sys.platform == "win32", reason="os.kill ends a program there"),
@@ -106,7 +108,7 @@ print("fine")
 
 def run(program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE
     )
 
 

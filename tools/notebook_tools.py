@@ -37,6 +37,7 @@ METADATA = {
 }
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 LONGEST_CELL = 45  # lines; about a screen
+PATIENCE = 600  # seconds for what takes two; a machine that is busy is no fault
 IGNORE = "tag the cell nbval-ignore-output"
 
 CELL_ID = re.compile(r"[a-z0-9-]+")
@@ -379,7 +380,7 @@ def execute(nb: NotebookNode, cwd: Path = NOTEBOOKS) -> NotebookNode:
     client = NotebookClient(
         nb,
         kernel_name="python3",
-        timeout=300,
+        timeout=PATIENCE,
         store_widget_state=False,
         record_timing=False,
         resources={"metadata": {"path": str(cwd)}},
