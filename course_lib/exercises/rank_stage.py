@@ -123,7 +123,13 @@ def judge_turns(by_turns: Callable[[Stage, int], None], count: int, m: int) -> F
                     facts,
                 )
     if times > 1.1:
-        raise Wrong(f"it takes {times:.2f} times as long as lesson 05's pipeline.", facts)
+        most, held_first = min(m, count), stages[0].most_held
+        why = f" Rank 0 may hold {most} microbatches, and never holds more than {held_first}."
+        raise Wrong(
+            f"it takes {times:.2f} times as long as lesson 05's pipeline."
+            f"{why if held_first < most else ''}",
+            facts,
+        )
     return facts
 
 

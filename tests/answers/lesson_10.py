@@ -234,6 +234,34 @@ def upwards_first(x, places):
     return in_turn(x, places, (rank + places) % N > rank)
 
 
+@SHIFT.wrong("shift(x, 2) with 6 ranks: it takes 4 messages' time: a rank sends 2 messages")
+def one_place_after_another(x, places):
+    for _ in range(places % dist.get_world_size()):
+        x = in_turn(x, 1, dist.get_rank() % 2 == 0)
+    return x.clone()
+
+
+@SHIFT.wrong("there is no rank 4 among the 4", unsaid="IndexError")
+def past_the_last_rank(x, places):
+    arrived = torch.empty_like(x)
+    dist.send(x, dist.get_rank() + places)
+    dist.recv(arrived, dist.get_rank() - places)
+    return arrived
+
+
+@SHIFT.wrong("there is no rank -1 among the 4")
+def counted_from_the_end(x, places):
+    rank, N = dist.get_rank(), dist.get_world_size()
+    arrived = torch.empty_like(x)
+    if rank % 2 == 0:
+        dist.send(x, (rank + places) % N)
+        dist.recv(arrived, rank - places)
+    else:
+        dist.recv(arrived, rank - places)
+        dist.send(x, (rank + places) % N)
+    return arrived
+
+
 @SHIFT.wrong("use dist.send and dist.recv alone")
 def without_waiting(x, places):
     rank, N = dist.get_rank(), dist.get_world_size()
@@ -518,6 +546,11 @@ def one_buffer_for_all(stage, m):
     buffer = stage.empty()
     stage.empty = lambda: buffer
     a_list_of_steps_first(stage, m)
+
+
+@TURNS.wrong("Rank 0 may hold 4 microbatches, and never holds more than 1.")
+def no_forwards_ahead(stage, m):
+    walk(stage, turns(m, 0))
 
 
 @TURNS.wrong("with 4 ranks and 2 microbatches: rank 0 asks for F2, and m is 2")
