@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import random
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor.parallel import ColwiseParallel
 
 from answers import all_exercises
 from course_lib import devices
-from course_lib.exercises import lesson_05
+from course_lib.exercises import lesson_05, lesson_11
 from exercise_answers import each_exercise, each_right_answer, each_wrong_answer
 
 EXERCISES = all_exercises()
@@ -107,6 +109,15 @@ def test_refuses(exercise, answer, words, unsaid):
 
 def unwritten() -> list[list[str]]:
     raise NotImplementedError
+
+
+def test_a_plan_that_does_not_fit_is_told_without_pytorch_s_log(capfd, caplog) -> None:
+    names = ("attention.wq", "attention.wk", "attention.wv", "attention.wo")
+    before = logging.root.manager.disable
+    verdict = lesson_11.check_plan(lambda: {name: ColwiseParallel() for name in names})
+    assert "the block stops with" in verdict.message
+    assert (capfd.readouterr().err, caplog.text) == ("", "")
+    assert logging.root.manager.disable == before
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from typing import Any
 
@@ -109,8 +111,16 @@ def check_untrained(untrained: Callable[[nn.Module, torch.optim.Optimizer], Any]
             (groups, sgd(by_kind, lr=0.1)),
             (plain, _sgd(plain)),
         )
-        with timeline.region("answer"):
-            return [untrained(*pair) for pair in pairs]
+        try:
+            with timeline.region("answer"):
+                return [untrained(*pair) for pair in pairs]
+        except RuntimeError as error:
+            if "aten.eq" not in str(error):
+                raise
+            raise Wrong(
+                "two parameters are compared by their numbers, as == does, and `in` with it: are "
+                "they one object?"
+            ) from None
 
     with hardware.fresh_devices(2, SPEC) as gpus, timeline.trace() as t:
         (answers, _) = on_ranks(cases, gpus)
@@ -221,7 +231,7 @@ def check_plan(plan: Callable[[], Any]) -> Verdict:
         model = copy.deepcopy(block).to("vgpu")
         return _run_plan(model, styles, x.to("vgpu").requires_grad_(), gradient.to("vgpu"))
 
-    with hardware.fresh_devices(4, SPEC) as gpus, timeline.trace() as t:
+    with hardware.fresh_devices(4, SPEC) as gpus, timeline.trace() as t, _no_log():
         returned = on_ranks(work, gpus)
     ring = 2 * 3 * x.nbytes // 4
     sums = [_sent(t, region) / ring for region in ("forward", "backward")]
@@ -254,6 +264,17 @@ def check_plan(plan: Callable[[], Any]) -> Verdict:
     return right("two all-reduces forward and two backward.", facts)
 
 
+@contextmanager
+def _no_log() -> Iterator[None]:
+    """PyTorch logs a traceback of its own where the widths of two layers do not fit."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def _require_names(styles: dict, block: nn.Module) -> None:
     names = [name for name, _ in block.named_modules()]
     unknown = [each for each in styles if not any(fnmatch(name, str(each)) for name in names)]
@@ -275,7 +296,10 @@ def _run_plan(
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
         said = (str(error).splitlines() or [""])[0]
-        raise Wrong(f"with this plan the block stops with {type(error).__name__}: {said}") from None
+        why = " Which layers take in what another has split?" if "reduction dim" in said else ""
+        raise Wrong(
+            f"with this plan the block stops with {type(error).__name__}: {said}{why}"
+        ) from None
     held = sum(
         (p.to_local() if isinstance(p, DTensor) else p).nbytes
         for p in model.parameters()

@@ -50,7 +50,7 @@ def frozen_ones_as_well(model, optimizer):
     return [name for name, p in model.named_parameters() if id(p) not in known]
 
 
-@UNTRAINED.wrong("your code stopped with RuntimeError", "line")
+@UNTRAINED.wrong("compared by their numbers", unsaid="aten")
 def asked_with_in(model, optimizer):
     known = parameters_of(optimizer)
     return [name for name, p in model.named_parameters() if p.requires_grad and p not in known]
@@ -219,7 +219,7 @@ def names_without_their_module():
     return {name.split(".")[1]: style for name, style in columns_and_rows().items()}
 
 
-@PLAN.wrong("with this plan the block stops with")
+@PLAN.wrong("with this plan the block stops with", "Which layers take in what another has split?")
 def all_columns():
     return {name: ColwiseParallel() for name in COLUMNS + ROWS}
 
