@@ -359,6 +359,7 @@ def test_bad_input_is_refused_in_one_line():
             ValueError,
             "on the host",
         ),
+        ({"gpus": 4}, TypeError, "takes a list of devices, .* and not 4"),
         ({"model": lambda gpu: a_model().to(gpu)}, ValueError, "the model is on vgpu:0"),
     ],
 )
@@ -370,10 +371,11 @@ def test_what_cannot_be_examined_is_refused_in_one_line(changed, error, words):
         "batches": batches(),
         "loss_function": F.cross_entropy,
         "make_optimizer": sgd,
+        "gpus": gpus,
     }
     for name, value in changed.items():
         is_on_gpu = name in ("batches", "model") and callable(value)
         given[name] = value(gpus[0]) if is_on_gpu else value
     with pytest.raises(error, match=words) as caught:
-        doctor.examine(**given, gpus=gpus)
+        doctor.examine(**given)
     assert "\n" not in str(caught.value)

@@ -42,6 +42,7 @@ def test_the_editions_are_written_as_notebooks_that_open(tmp_path, capsys) -> No
     assert (tmp_path / "answers.md").read_text("utf-8").startswith("# Answers")
 
 
-def test_no_folder_is_one_clear_line() -> None:
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["one", "two"]])
+def test_no_folder_is_one_clear_line(arguments: list[str]) -> None:
     with pytest.raises(SystemExit, match="say where the editions go"):
-        editions.main([])
+        editions.main(arguments)

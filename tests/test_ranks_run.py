@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import random
@@ -186,14 +187,14 @@ def test_sys_exit_without_a_code_ends_a_rank(vgpus):
 @pytest.mark.parametrize(
     ("gpus", "error", "words"),
     [
-        ([], ValueError, "at least one GPU"),
+        ([], ValueError, "at least one device"),
         (["vgpu:0", "vgpu:0"], ValueError, "a GPU of its own"),
         (["cpu"], RuntimeError, "virtual GPUs, and cpu is none"),
         (["vgpu:9"], RuntimeError, "vgpu:9 does not exist"),
         (["vgpu"], RuntimeError, "vgpu does not say which GPU"),
-        (4, TypeError, "takes a list of GPUs, as course_lib.devices.* and not 4"),
-        ("vgpu:0", TypeError, "takes a list of GPUs, .* and not 'vgpu:0'"),
-        (torch.tensor([0, 1]), TypeError, "takes a list of GPUs"),
+        (4, TypeError, "takes a list of devices, as course_lib.devices.* and not 4"),
+        ("vgpu:0", TypeError, r"takes a list of devices, and vgpu:0 is one: give \['vgpu:0'\]"),
+        (torch.tensor([0, 1]), TypeError, "takes a list of devices, .* and not tensor"),
     ],
 )
 def test_gpus_that_cannot_be_are_refused(vgpus, gpus, error, words):
@@ -218,7 +219,7 @@ def gives_one() -> Iterator[int]:
         (None, "None is none: give train itself, and not what train.. returns"),
         ("train", "'train' is none"),
         (gives_one, "gives_one would only be begun"),
-        (waits, "waits would only be begun"),
+        (functools.partial(waits), "would only be begun"),
     ],
 )
 @pytest.mark.parametrize("where", [{"processes": 2}, {"gpus": ["vgpu:0"]}])

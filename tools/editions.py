@@ -19,7 +19,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from lab import without_outputs
-from notebook_tools import ROOT, dumps, exercises, lessons, said
+from notebook_tools import ROOT, dumps, exercises, folder_of, lessons, said
 
 GUESS = re.compile(r"^(guess_\w+) = None(?:  # (.*))?$", re.MULTILINE)
 _ROW = re.compile(r"^\| \d+ \| (.+?) \| (.+?) \| (.*?) ?\|$", re.MULTILINE)
@@ -104,9 +104,7 @@ def _heading(nb: NotebookNode, before: int) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    if len(arguments) != 1:
-        raise SystemExit("say where the editions go: python tools/editions.py FOLDER")
-    folder = Path(arguments[0])
+    folder = folder_of(arguments, "say where the editions go: python tools/editions.py FOLDER")
     (folder / "student").mkdir(parents=True, exist_ok=True)
     for lesson in lessons():
         text = dumps(student_edition(lesson))

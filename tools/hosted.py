@@ -20,7 +20,7 @@ from nbformat import NotebookNode
 from addresses import BRANCH, STUDENT_BRANCH, Addresses, addresses, relinked
 from editions import student_edition
 from lab import without_outputs
-from notebook_tools import dumps, lessons
+from notebook_tools import dumps, folder_of, lessons
 
 # --no-deps: PyTorch, Matplotlib and widgets are there, and stay in the versions that others need.
 # What else the course needs needs nothing itself, and is left alone where it is there.
@@ -53,13 +53,12 @@ KINDS: dict[str, tuple[Callable[[Path], NotebookNode], bool]] = {
 
 
 def main(arguments: list[str]) -> None:
-    if len(arguments) != 1:
-        raise SystemExit("say where the lessons go: python tools/hosted.py FOLDER")
+    root = folder_of(arguments, "say where the lessons go: python tools/hosted.py FOLDER")
     known = addresses()
     if known is None:
         raise SystemExit("the course has no address: set [project.urls] in pyproject.toml")
     for place, (edition, on_colab) in KINDS.items():
-        folder = Path(arguments[0]) / place
+        folder = root / place
         folder.mkdir(parents=True, exist_ok=True)
         for lesson in lessons():
             text = dumps(hosted_edition(edition(lesson), known, on_colab))

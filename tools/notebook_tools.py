@@ -371,6 +371,13 @@ def said(cell: NotebookNode) -> str:
     return text.strip()
 
 
+def folder_of(arguments: list[str], usage: str) -> Path:
+    """The folder that a tool writes into, its only argument; ``--help`` and the like are none."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise SystemExit(usage)
+    return Path(arguments[0])
+
+
 # --------------------------------------------------------------------------------- running them
 
 

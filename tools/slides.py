@@ -21,7 +21,7 @@ import nbformat
 from nbformat import NotebookNode
 from PIL import Image
 
-from notebook_tools import lessons, said
+from notebook_tools import folder_of, lessons, said
 
 # Inches: a slide, and what is left of it for its contents below the title.
 WIDTH, HEIGHT, MARGIN, TOP = 13.333, 7.5, 0.6, 1.5
@@ -185,9 +185,7 @@ def _write_picture(page: Any, picture: bytes) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    if len(arguments) != 1:
-        raise SystemExit("say where the decks go: python tools/slides.py FOLDER")
-    folder = Path(arguments[0])
+    folder = folder_of(arguments, "say where the decks go: python tools/slides.py FOLDER")
     folder.mkdir(parents=True, exist_ok=True)
     for lesson in lessons():
         slides = slides_of(nbformat.read(lesson, as_version=4))

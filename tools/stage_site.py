@@ -30,7 +30,7 @@ import formulas
 import reference_pages
 from course_lib.explorers import frames
 from lesson_map import as_svg, as_table, lesson_of
-from notebook_tools import ROOT, lessons
+from notebook_tools import ROOT, folder_of, lessons
 from picture_words import words_for
 
 # Where a file of the repository is on the web page; the rest of docs/ is at the top.
@@ -246,9 +246,7 @@ def _write_font(letters: set[str], path: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    if len(arguments) != 1:
-        raise SystemExit("say where it goes: python tools/stage_site.py FOLDER")
-    stage(Path(arguments[0]))
+    stage(folder_of(arguments, "say where it goes: python tools/stage_site.py FOLDER"))
     for name, is_another in explorer_frames.stale().items():
         what = (
             "its own code has changed: `make frames` draws all of it anew"

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from course_lib.doctor.instruments import INSTRUMENTS
 from course_lib.doctor.watching import Alone, MakeOptimizer, Prepare, Run, State, Step, watch
 from course_lib.parallel.collectives import all_reduce_bytes
+from course_lib.parallel.inputs import require_devices
 from course_lib.parallel.kinds import Devices, Loss
 from course_lib.timeline import Trace
 
@@ -130,8 +131,8 @@ def examine(
             of all parameters. 0 if it is not known.
 
     Raises:
-        TypeError: ``prepare`` returns something else, a batch is no pair of tensors, or
-            ``make_optimizer`` is no function.
+        TypeError: ``gpus`` is no list, ``prepare`` returns something else, a batch is no pair of
+            tensors, or ``make_optimizer`` is no function.
         ValueError: ``prepare`` made no replicas, or of another model; there are no batches; the
             model or a batch is not on the host.
     """
@@ -140,6 +141,7 @@ def examine(
             "make_optimizer makes an optimizer of parameters, as torch.optim.AdamW does, and "
             f"{_in_words(make_optimizer)} is none"
         )
+    gpus = require_devices(gpus)
     _check_on_host("the model", [*model.parameters(), *model.buffers()])
     reference = None if shuffles else Alone(model, loss_function, make_optimizer, alone)
     replicas, step = _prepared(prepare(deepcopy(model), gpus))

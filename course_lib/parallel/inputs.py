@@ -5,7 +5,7 @@ What is wrong is said before any work is done. PyTorch's own words are kept wher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +14,23 @@ from course_lib.models import GPT
 from course_lib.parallel.kinds import Tensors
 
 
-def require_devices(devices: Sequence[torch.device | str]) -> list[torch.device]:
-    """The devices, which may be given by name, as a list.
+def require_devices(devices: Iterable[torch.device | str]) -> list[torch.device]:
+    """The devices, which may be given by name and one by one, as a list.
 
     Raises:
-        TypeError: it is one device and no list.
+        TypeError: it is one device, or nothing that has devices in it.
         ValueError: there are none.
     """
     if isinstance(devices, torch.device | str):
         raise TypeError(f"this takes a list of devices, and {devices} is one: give [{devices!r}]")
-    if not devices:
+    if isinstance(devices, Tensor) or not isinstance(devices, Iterable):
+        raise TypeError(
+            f"this takes a list of devices, as course_lib.devices(4) gives it, and not {devices!r}"
+        )
+    found = [torch.device(device) for device in devices]
+    if not found:
         raise ValueError("this needs at least one device, and there is no device in the list")
-    return [torch.device(device) for device in devices]
+    return found
 
 
 def require_one_each(tensors: Tensors, count: int, what: str = "this") -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from course_lib import hardware, tracebacks
+from course_lib.parallel.inputs import require_devices
 from course_lib.ranks import running
 from course_lib.ranks.processes.place import Here
 
@@ -59,16 +60,15 @@ def run(
     _check_function(function)
     if (gpus is None) == (processes is None):
         raise ValueError("ranks.run(function, gpus) or ranks.run(function, processes=4)")
+    devices = _of_processes(processes) if gpus is None else require_devices(gpus)
+    if any(map(hardware.is_virtual, devices)):
+        if timeout is not None:
+            raise ValueError(
+                "a timeout is for processes: a wait in vain on virtual GPUs ends at once"
+            )
+        return running.run(function, devices, *args)
     if gpus is not None:
-        gpus = _listed(gpus)
-    if gpus is None:
-        devices = _of_processes(processes)
-    elif gpus and not any(map(hardware.is_virtual, gpus)):
-        devices = _real(gpus)
-    elif timeout is not None:
-        raise ValueError("a timeout is for processes: a wait in vain on virtual GPUs ends at once")
-    else:
-        return running.run(function, gpus, *args)
+        _require_real(devices)
     is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
     if timeout is not None and not (is_number and timeout > 0):
         raise ValueError(f"a timeout is a number of seconds above zero: {timeout!r}")
@@ -97,20 +97,11 @@ def _check_function(function: Any) -> None:
             "give train itself, and not what train() returns"
         )
     if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+        name = getattr(function, "__name__", repr(function))
         raise TypeError(
-            f"{function.__name__} would only be begun: give ranks.run a function without yield "
-            "and async, which calls it to its end"
+            f"{name} would only be begun: give ranks.run a plain function, which goes through it "
+            "to its end"
         )
-
-
-def _listed(gpus: Any) -> list[Any]:
-    """Whatever gives ``gpus`` one by one, as a list: it is gone through more than once."""
-    if isinstance(gpus, str | torch.device | torch.Tensor) or not isinstance(gpus, Iterable):
-        raise TypeError(
-            f"ranks.run(function, gpus) takes a list of GPUs, as course_lib.devices(4) gives it, "
-            f"and not {gpus!r}"
-        )
-    return list(gpus)
 
 
 def _of_processes(count: int | None) -> list[torch.device]:
@@ -119,8 +110,7 @@ def _of_processes(count: int | None) -> list[torch.device]:
     return hardware.real_gpus(count) or [torch.device("cpu")] * count
 
 
-def _real(gpus: Sequence[torch.device]) -> list[torch.device]:
-    devices = [torch.device(gpu) for gpu in gpus]
+def _require_real(devices: Sequence[torch.device]) -> None:
     for each in devices:
         if each.type != "cuda":
             raise RuntimeError(
@@ -131,4 +121,3 @@ def _real(gpus: Sequence[torch.device]) -> list[torch.device]:
             raise RuntimeError(f"{each} is no GPU of this machine: take 'cuda:0' and so on")
     if len(set(devices)) < len(devices):
         raise ValueError(f"each rank needs a GPU of its own, and one is there twice: {devices}")
-    return devices

@@ -203,7 +203,7 @@ class RankGroup(GroupIdentity):
     def _post(self, side: str, tensors: Any, other: int, tag: int) -> dist.Work:
         (tensor,) = _list(tensors)
         self._check_rank(side, other)
-        self._run.baton.in_turn()
+        self._check_running()
         post = self._exchange.post(side, tensor, self._rank, other, tag, line_here())
         return self._made(post, [tensor])
 
@@ -231,7 +231,7 @@ class RankGroup(GroupIdentity):
 
     def _meet(self, call: Call, outputs: list[Tensor], blocks_host: bool = False) -> dist.Work:
         call.line = line_here()
-        self._run.baton.in_turn()  # nobody is to come to a run that is over
+        self._check_running()
         try:
             meeting, number = self._communicator.arrive(self._rank, call)
         except MismatchError as error:
@@ -246,6 +246,10 @@ class RankGroup(GroupIdentity):
         if self._together is not None:
             self._together.append(work)
         return work
+
+    def _check_running(self) -> None:
+        """Raise if the ranks have ended: nobody would come."""
+        self._run.baton.in_turn()
 
     def _reduction(self, opts: Any, tensors: Sequence[Tensor]) -> Reduction:
         reduction = Reduction(opts.reduceOp if _has_op(opts) else opts, self.size())

@@ -22,9 +22,10 @@ from course_lib.ranks.works import Pending
 from course_lib.virtual.machine import DEVICE_TYPE, machine
 
 
-def run(function: Callable[..., Any], gpus: Sequence[torch.device], *args: Any) -> list[Any]:
+def run(function: Callable[..., Any], gpus: list[torch.device], *args: Any) -> list[Any]:
     """Run ``function(*args)`` once a rank; see :func:`course_lib.ranks.run`."""
-    return Run(function, _checked(gpus), args).results()
+    _require_virtual(gpus)
+    return Run(function, gpus, args).results()
 
 
 def is_in_a_rank() -> bool:
@@ -205,11 +206,8 @@ class _Active:
     run: Run | None = None
 
 
-def _checked(gpus: Sequence[torch.device]) -> list[torch.device]:
-    devices = [torch.device(gpu) for gpu in gpus]
-    if not devices:
-        raise ValueError("ranks.run(function, gpus) needs at least one GPU")
-    for device in devices:
+def _require_virtual(gpus: Sequence[torch.device]) -> None:
+    for device in gpus:
         if not hardware.is_virtual(device):
             raise RuntimeError(
                 f"ranks.run() runs on virtual GPUs, and {device} is none: "
@@ -218,9 +216,8 @@ def _checked(gpus: Sequence[torch.device]) -> list[torch.device]:
         if device.index is None:
             raise RuntimeError(f"{device} does not say which GPU: take '{device}:0' and so on")
         machine.check_index(device.index)
-    if len(set(devices)) < len(devices):
-        raise ValueError(f"each rank needs a GPU of its own, and one is there twice: {devices}")
-    return devices
+    if len(set(gpus)) < len(gpus):
+        raise ValueError(f"each rank needs a GPU of its own, and one is there twice: {gpus}")
 
 
 def _forget_locals(error: BaseException | None) -> None:
