@@ -165,7 +165,7 @@ def _numbers(answer: Any, count: int) -> list[float]:
 def check_virtual(fewest_virtual_stages: Callable[[int, int, int, float], int | None]) -> Verdict:
     """Graded on shares that count idle time in the step, and on what divides."""
     for p, m, layers, share, wanted, why in (
-        (8, 64, 64, 0.1, 1, "With 1 the bubble is 9.9 %, as a part of the step, work and wait."),
+        (8, 64, 64, 0.1, 1, "With 1 the bubble is 9.9 % of the step, work and wait together."),
         (4, 8, 12, 0.2, 3, "Each stage's layers divide evenly over its virtual stages."),
         (16, 16, 128, 0.15, 8, "4 leave 19 % of the step as bubble."),
         (16, 16, 128, 0.1, None, "None if no number is enough: a stage has at least one layer."),
