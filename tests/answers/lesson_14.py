@@ -250,7 +250,9 @@ def the_least_of_all(p, m, layers, share):
     return min((v for v in fine if 1 - m * v / (m * v + p - 1) <= share), default=None)
 
 
-@VIRTUAL.wrong("8 stages, 64 microbatches", "1 is right, and yours is 2", "of the step, work and wait together")
+@VIRTUAL.wrong(
+    "8 stages, 64 microbatches", "1 is right, and yours is 2", "of the step, work and wait together"
+)
 def of_the_work_alone(p, m, layers, share):
     return fitting(p, m, layers, share, of_step=False)
 
