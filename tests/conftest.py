@@ -34,7 +34,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector what was imported."""
+    _spare_what_was_imported()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _spare_what_the_tests_of_this_file_imported() -> Iterator[None]:
+    yield
+    _spare_what_was_imported()
+
+
+def _spare_what_was_imported() -> None:
+    """Let the garbage collector, which every recording calls, not look through it again."""
     gc.collect()
     gc.freeze()
 
