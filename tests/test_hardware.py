@@ -63,8 +63,11 @@ def test_the_line_reads_as_it_is_spoken(name: str, words: str, capsys: pytest.Ca
 
 @pytest.mark.parametrize("count", [0, -1, 129, 300, "4", 2.0, True, None, [1]])
 def test_a_count_that_is_none_is_refused(count: object):
-    with pytest.raises(ValueError, match=r"^devices\(count\) takes a whole number from 1 to 128: "):
+    refusal = r"^devices\(count\) takes a whole number from 1 to 128: "
+    with pytest.raises(ValueError, match=refusal):
         course_lib.devices(count)
+    with pytest.raises(ValueError, match=refusal), fresh_devices(count):
+        pass
 
 
 def test_the_refusal_shows_what_was_given():

@@ -178,6 +178,12 @@ def test_pytorchs_profiler_of_a_device_is_refused_in_one_line():
     assert "aten::add" in {event.key for event in profile.key_averages()}
 
 
+def test_pytorchs_profiler_measures_the_cpu_if_it_is_not_told_what():
+    with torch.profiler.profile() as profile:
+        torch.ones(2, **ON_GPU) + 1
+    assert "aten::add" in {event.key for event in profile.key_averages()}
+
+
 def test_a_copy_has_what_the_program_set_on_its_tensor():
     tensor = torch.ones(2, **ON_GPU)
     tensor.names_of_rows = ["a", "b"]

@@ -45,16 +45,7 @@ def devices(
         RuntimeError: ``COURSE_DEVICES=cuda`` on a machine with fewer GPUs than that, or a
             ``backing`` that this machine does not have.
     """
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_DEVICES:
-        way = ""
-        if isinstance(count, int) and count > MAX_DEVICES:
-            joined = f", nodes={nodes}" if nodes != 1 else ""
-            way = f"; collectives on more are played on paper, by PaperMachine({count}{joined})"
-        raise ValueError(
-            f"devices(count) takes a whole number from 1 to {MAX_DEVICES}: {count!r}{way}"
-        )
-    if spec is not None and not isinstance(spec, Spec):
-        raise TypeError(f"devices(count, spec) takes a Spec, such as A100 / 1000: {spec!r}")
+    _require(count, spec, nodes)
     if machine.clock.listeners:
         raise RuntimeError("devices() sets the clock to zero: call it before trace(), not inside")
     real_count = torch.cuda.device_count()
@@ -99,13 +90,31 @@ def fresh_devices(
     numbers that the block draws are not missed afterwards. What was made outside of the block
     (tensors, streams, events) is refused inside, and the other way round. Exercises and explorers
     use them on machines with real GPUs too: what they are held to is simulated.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: what is given cannot be, as in :func:`devices`.
     """
+    _require(count, spec, nodes)
+    _check_backing(backing, torch.cuda.device_count())
     from course_lib.virtual import backend
 
     backend.register()
     other = machine.replaced(spec or CLASSROOM, count, backing, nodes)
     with torch.random.fork_rng(devices=[]), other:
         yield [torch.device(DEVICE_TYPE, index) for index in range(count)]
+
+
+def _require(count: int, spec: Spec | None, nodes: int) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_DEVICES:
+        way = ""
+        if isinstance(count, int) and count > MAX_DEVICES:
+            joined = f", nodes={nodes}" if nodes != 1 else ""
+            way = f"; collectives on more are played on paper, by PaperMachine({count}{joined})"
+        raise ValueError(
+            f"devices(count) takes a whole number from 1 to {MAX_DEVICES}: {count!r}{way}"
+        )
+    if spec is not None and not isinstance(spec, Spec):
+        raise TypeError(f"devices(count, spec) takes a Spec, such as A100 / 1000: {spec!r}")
 
 
 def _check_backing(backing: str, real_count: int) -> None:
