@@ -16,7 +16,7 @@ from course_lib.hardware import (
     node_of,
     peak_memory,
     reset_peak_memory,
-    stream,
+    side_stream,
     synchronize,
 )
 from course_lib.timeline import Trace, region, trace
@@ -54,7 +54,7 @@ __all__ = [
     "peak_memory",
     "region",
     "reset_peak_memory",
-    "stream",
+    "side_stream",
     "synchronize",
     "trace",
 ]

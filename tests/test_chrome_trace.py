@@ -12,7 +12,7 @@ import course_lib
 def test_a_saved_trace_has_every_span_with_its_bytes(gpus, tmp_path):
     with course_lib.trace() as trace:
         x = torch.ones(4, 4, device=gpus[0])
-        side = course_lib.stream(gpus[0])
+        side = course_lib.side_stream(gpus[0])
         side.wait_stream(course_lib.current_stream(gpus[0]))
         with side, course_lib.region("product"):
             y = x @ x

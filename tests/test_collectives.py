@@ -6,7 +6,7 @@ from math import ceil, log2
 import pytest
 import torch
 
-from course_lib import current_stream, devices, stream, trace
+from course_lib import current_stream, devices, side_stream, trace
 from course_lib.parallel import collectives
 from course_lib.parallel.collectives import (
     all_gather,
@@ -225,7 +225,7 @@ def test_no_wait_is_missing_before_or_after(collective, count: int) -> None:
     """The current streams touch the tensors right before and right after, also side streams."""
     for on_side_streams in (False, True):
         gpus = devices(count)
-        streams = [stream(gpu) if on_side_streams else current_stream(gpu) for gpu in gpus]
+        streams = [side_stream(gpu) if on_side_streams else current_stream(gpu) for gpu in gpus]
         with ExitStack() as stack, trace(strict=True):
             for each in streams:
                 stack.enter_context(each)
@@ -248,7 +248,7 @@ def test_a_ring_runs_beside_what_is_on_other_streams() -> None:
             matrix @ matrix
         with ExitStack() as stack:
             for gpu in gpus:
-                stack.enter_context(stream(gpu))
+                stack.enter_context(side_stream(gpu))
             ring_all_reduce(tensors[:])
 
     with trace() as t:

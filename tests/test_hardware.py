@@ -249,7 +249,7 @@ def test_devices_inside_a_trace_are_refused(vgpus):
 # A device by its name, and devices that are not there.
 
 QUESTIONS = [
-    course_lib.stream,
+    course_lib.side_stream,
     course_lib.current_stream,
     course_lib.event,
     course_lib.memory_in_use,
@@ -265,14 +265,14 @@ def test_a_device_may_be_given_by_its_name(vgpus):
     kept = torch.ones(100, device=vgpus[1])
     assert course_lib.is_virtual("vgpu:1") and course_lib.is_virtual("vgpu")
     assert not course_lib.is_virtual("cuda:0") and not course_lib.is_virtual("cpu")
-    assert course_lib.stream("vgpu:1").device == vgpus[1]
+    assert course_lib.side_stream("vgpu:1").device == vgpus[1]
     assert course_lib.current_stream("vgpu:1") is course_lib.current_stream(vgpus[1])
     assert course_lib.memory_in_use("vgpu:1") == kept.nbytes
     assert course_lib.peak_memory("vgpu:1") == 1000
     course_lib.reset_peak_memory("vgpu:1")
     assert course_lib.peak_memory("vgpu:1") == kept.nbytes
     assert course_lib.memory_capacity("vgpu:1") == CLASSROOM.memory
-    with course_lib.stream("vgpu:1"):
+    with course_lib.side_stream("vgpu:1"):
         moment = course_lib.event("vgpu:1")
         moment.record()
         assert course_lib.current_stream("vgpu").device == vgpus[1]  # the current device
@@ -303,7 +303,7 @@ def test_before_there_are_devices_a_name_says_what_to_call():
     said = run_python(
         "import course_lib\n"
         "print(course_lib.is_virtual('vgpu:0'))\n"
-        "try: course_lib.stream('vgpu:0')\n"
+        "try: course_lib.side_stream('vgpu:0')\n"
         "except RuntimeError as error: print(error)"
     )
     assert said == "True\nthere are no virtual GPUs yet: call course_lib.devices(4) first\n"
@@ -314,7 +314,7 @@ def test_before_there_are_devices_a_name_says_what_to_call():
 
 def test_what_is_made_elsewhere_is_refused_in_one_line(vgpus):
     outside = torch.ones(3, 3, device=vgpus[3])
-    mine = course_lib.stream(vgpus[0])
+    mine = course_lib.side_stream(vgpus[0])
     moment = mine.record_event()
     uses = [
         lambda: outside + 1,
@@ -331,7 +331,7 @@ def test_what_is_made_elsewhere_is_refused_in_one_line(vgpus):
             with pytest.raises(RuntimeError, match=r"^this tensor on vgpu:3 is of other virtual"):
                 use()
         inside = torch.ones(3, 3, device="vgpu:0")
-        stream = course_lib.stream("vgpu:0")
+        stream = course_lib.side_stream("vgpu:0")
         for use in (mine.__enter__, mine.synchronize, mine.query, moment.synchronize):
             with pytest.raises(RuntimeError, match=r"^this stream, or the stream of this event"):
                 use()
@@ -362,7 +362,7 @@ def test_fresh_devices_have_a_clock_memories_and_dice_of_their_own(vgpus):
 
 def test_missing_waits_inside_fresh_devices_are_not_told_to_a_trace_outside(vgpus):
     def forget_a_wait() -> None:
-        with course_lib.stream("vgpu:0"):
+        with course_lib.side_stream("vgpu:0"):
             x = torch.ones(1000, device="vgpu:0") * 2
         x + 1
 

@@ -150,4 +150,4 @@ def test_what_is_not_on_paper_says_so_in_one_line():
     with pytest.raises(RuntimeError, match=r"of 4 numbers has no shape \(3,\)"):
         first.view(3)
     with pytest.raises(AttributeError, match="'synchronize' is nothing that a PaperStream has"):
-        course_lib.stream(first.device).synchronize()
+        course_lib.side_stream(first.device).synchronize()

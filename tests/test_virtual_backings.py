@@ -123,7 +123,7 @@ def _summed(tensors: tuple[Tensor, ...]) -> list[Tensor]:
     """A ring: N - 1 rounds of adding a chunk, N - 1 of passing the sums on."""
     flats = [tensor.flatten().clone() for tensor in tensors]
     chunks = [flat.chunk(RANKS) for flat in flats]
-    senders, receivers = ([course_lib.stream(t.device) for t in tensors] for _ in range(2))
+    senders, receivers = ([course_lib.side_stream(t.device) for t in tensors] for _ in range(2))
     mains = [course_lib.current_stream(tensor.device) for tensor in tensors]
     for step in range(2 * (RANKS - 1)):
         for rank in range(RANKS):

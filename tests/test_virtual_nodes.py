@@ -71,7 +71,7 @@ def test_the_own_link_of_a_gpu_works_beside_its_card():
     gpus = course_lib.devices(4, SPEC.with_(network=SLOW), nodes=2)
     near, far = (torch.empty(1_000_000, device=gpus[rank]) for rank in (1, 2))
     source = torch.empty(1_000_000, device=gpus[0])
-    side = course_lib.stream(gpus[0])
+    side = course_lib.side_stream(gpus[0])
     with course_lib.trace() as recording:
         far.copy_(source)
         with side:

@@ -392,7 +392,7 @@ def test_the_accelerator_makes_the_host_wait(vgpus: Devices):
 
 def test_the_accelerators_streams_are_the_courses(vgpus: Devices):
     default = torch.accelerator.current_stream("vgpu:1")
-    for side in (course_lib.stream(vgpus[1]), torch.Stream("vgpu:1")):
+    for side in (course_lib.side_stream(vgpus[1]), torch.Stream("vgpu:1")):
         torch.accelerator.set_stream(side)
         assert torch.accelerator.current_stream(1) is side
         assert torch.accelerator.current_device_index() == 1

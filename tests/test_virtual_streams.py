@@ -29,7 +29,7 @@ def matrix(gpu: torch.device) -> torch.Tensor:
 
 def test_a_copy_on_side_streams_runs_beside_a_product(gpus: Devices):
     x = matrix(gpus[0])
-    sender, receiver = course_lib.stream(gpus[0]), course_lib.stream(gpus[1])
+    sender, receiver = course_lib.side_stream(gpus[0]), course_lib.side_stream(gpus[1])
 
     def program():
         x @ x
@@ -56,7 +56,7 @@ def test_a_copy_on_default_streams_waits_for_the_product(gpus: Devices):
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_copy_waits_if_one_of_its_ends_is_on_a_busy_default_stream(gpus: Devices, side: int):
     x, y = matrix(gpus[0]), matrix(gpus[1])
-    side_stream = course_lib.stream(gpus[side])
+    side_stream = course_lib.side_stream(gpus[side])
 
     def program():
         (x @ x, y @ y)
@@ -69,7 +69,7 @@ def test_a_copy_waits_if_one_of_its_ends_is_on_a_busy_default_stream(gpus: Devic
 
 def test_products_of_two_streams_of_a_device_take_turns(gpus: Devices):
     x = matrix(gpus[0])
-    side = course_lib.stream(gpus[0])
+    side = course_lib.side_stream(gpus[0])
 
     def program():
         x @ x
@@ -82,8 +82,9 @@ def test_products_of_two_streams_of_a_device_take_turns(gpus: Devices):
 
 def test_work_that_is_ready_goes_before_work_that_waits(gpus: Devices):
     x = matrix(gpus[0])
-    main, side, sender = (course_lib.current_stream(gpus[0]), *map(course_lib.stream, gpus[:1] * 2))
-    receiver = course_lib.stream(gpus[1])
+    main = course_lib.current_stream(gpus[0])
+    side, sender = course_lib.side_stream(gpus[0]), course_lib.side_stream(gpus[0])
+    receiver = course_lib.side_stream(gpus[1])
 
     def program():
         with sender, receiver:
@@ -101,8 +102,8 @@ def test_work_that_is_ready_goes_before_work_that_waits(gpus: Devices):
 
 def test_copies_in_both_directions_run_at_the_same_time(gpus: Devices):
     x, y = matrix(gpus[0]), matrix(gpus[1])
-    there = [course_lib.stream(gpu) for gpu in gpus[:2]]
-    back = [course_lib.stream(gpu) for gpu in gpus[:2]]
+    there = [course_lib.side_stream(gpu) for gpu in gpus[:2]]
+    back = [course_lib.side_stream(gpu) for gpu in gpus[:2]]
 
     def program():
         with there[0], there[1]:
@@ -117,7 +118,7 @@ def test_copies_in_both_directions_run_at_the_same_time(gpus: Devices):
 
 def test_two_copies_out_of_one_device_take_turns(gpus: Devices):
     x = matrix(gpus[0])
-    streams = [(course_lib.stream(gpus[0]), course_lib.stream(gpu)) for gpu in gpus[1:3]]
+    streams = [(course_lib.side_stream(gpus[0]), course_lib.side_stream(gpu)) for gpu in gpus[1:3]]
 
     def program():
         for (sender, receiver), gpu in zip(streams, gpus[1:3], strict=True):
@@ -130,7 +131,7 @@ def test_two_copies_out_of_one_device_take_turns(gpus: Devices):
 
 def test_a_ring_of_copies_takes_as_long_as_one_copy_a_round(gpus: Devices):
     blocks = [matrix(gpu) for gpu in gpus]
-    senders, receivers = ([course_lib.stream(gpu) for gpu in gpus] for _ in range(2))
+    senders, receivers = ([course_lib.side_stream(gpu) for gpu in gpus] for _ in range(2))
 
     def program():
         for _ in range(3):
@@ -152,8 +153,8 @@ def test_a_ring_of_copies_takes_as_long_as_one_copy_a_round(gpus: Devices):
 
 def test_wait_stream_waits_for_what_was_enqueued_before_it(gpus: Devices):
     x = matrix(gpus[0])
-    main, side = course_lib.current_stream(gpus[0]), course_lib.stream(gpus[0])
-    receiver = course_lib.stream(gpus[1])
+    main, side = course_lib.current_stream(gpus[0]), course_lib.side_stream(gpus[0])
+    receiver = course_lib.side_stream(gpus[1])
 
     def program():
         x @ x
@@ -168,8 +169,8 @@ def test_wait_stream_waits_for_what_was_enqueued_before_it(gpus: Devices):
 
 def test_an_event_is_a_moment_on_a_stream(gpus: Devices):
     x = matrix(gpus[0])
-    main, side = course_lib.current_stream(gpus[0]), course_lib.stream(gpus[0])
-    receiver = course_lib.stream(gpus[1])
+    main, side = course_lib.current_stream(gpus[0]), course_lib.side_stream(gpus[0])
+    receiver = course_lib.side_stream(gpus[1])
     event = course_lib.event(gpus[0])
 
     def program():
@@ -203,7 +204,7 @@ def test_elapsed_time_is_the_time_between_two_events_in_milliseconds(gpus: Devic
 
 def test_the_host_waits_for_a_stream_or_an_event_and_for_no_more(gpus: Devices):
     x = matrix(gpus[0])
-    main, side = course_lib.current_stream(gpus[0]), course_lib.stream(gpus[0])
+    main, side = course_lib.current_stream(gpus[0]), course_lib.side_stream(gpus[0])
     side.wait_stream(main)
     x @ x
     event = main.record_event()
@@ -222,7 +223,7 @@ def test_the_host_waits_for_a_stream_or_an_event_and_for_no_more(gpus: Devices):
 def test_reading_a_value_waits_for_the_current_stream_alone(gpus: Devices):
     x, number = matrix(gpus[0]), torch.ones((), device=gpus[0])
     course_lib.synchronize()
-    with course_lib.stream(gpus[0]):
+    with course_lib.side_stream(gpus[0]):
         x @ x
     number.item()
     assert course_lib.host_seconds() < PRODUCT
@@ -242,11 +243,11 @@ def test_an_event_that_was_never_recorded_holds_nobody_up(gpus: Devices):
 
 
 def test_a_block_makes_a_stream_and_its_device_current_and_gives_back_what_was(gpus: Devices):
-    main, side = course_lib.current_stream(gpus[1]), course_lib.stream(gpus[1])
+    main, side = course_lib.current_stream(gpus[1]), course_lib.side_stream(gpus[1])
     with side:
         assert course_lib.current_stream(gpus[1]) is side
         assert torch.zeros(1, device="vgpu").device == gpus[1]
-        with course_lib.stream(gpus[2]), main:
+        with course_lib.side_stream(gpus[2]), main:
             assert course_lib.current_stream(gpus[1]) is main
         assert course_lib.current_stream(gpus[1]) is side
     assert course_lib.current_stream(gpus[1]) is main
@@ -254,26 +255,28 @@ def test_a_block_makes_a_stream_and_its_device_current_and_gives_back_what_was(g
 
 
 def test_a_stream_of_devices_that_are_gone_is_refused(gpus: Devices):
-    side = course_lib.stream(gpus[0])
+    side = course_lib.side_stream(gpus[0])
     course_lib.devices(4)
-    with pytest.raises(RuntimeError, match=r"Make a new one with course_lib.stream\('vgpu:0'\)"):
+    with pytest.raises(
+        RuntimeError, match=r"Make a new one with course_lib.side_stream\('vgpu:0'\)"
+    ):
         side.__enter__()
 
 
 def test_a_stream_of_a_device_that_does_not_exist_is_refused(gpus: Devices):
     with pytest.raises(RuntimeError, match="vgpu:7 does not exist"):
-        course_lib.stream(torch.device("vgpu:7"))
+        course_lib.side_stream(torch.device("vgpu:7"))
 
 
 def test_streams_come_from_a_pool_of_32_as_in_pytorch(gpus: Devices):
-    streams = [course_lib.stream(gpus[0]) for _ in range(33)]
+    streams = [course_lib.side_stream(gpus[0]) for _ in range(33)]
     assert len(set(streams)) == 32
     assert streams[32] is streams[0]
 
 
 def test_the_picture_shows_what_a_device_does_at_the_same_time(gpus: Devices):
     x = matrix(gpus[0])
-    sender, receiver = course_lib.stream(gpus[0]), course_lib.stream(gpus[1])
+    sender, receiver = course_lib.side_stream(gpus[0]), course_lib.side_stream(gpus[1])
     with course_lib.trace() as recording:
         x @ x
         with sender, receiver:
@@ -301,7 +304,7 @@ def hazards_of(program) -> list:
 
 def test_a_read_that_does_not_wait_for_the_write_is_reported(gpus: Devices):
     x = matrix(gpus[0])
-    side = course_lib.stream(gpus[0])
+    side = course_lib.side_stream(gpus[0])
     results = []
 
     def program():
@@ -323,7 +326,7 @@ def test_a_read_that_does_not_wait_for_the_write_is_reported(gpus: Devices):
 
 def test_a_copy_that_does_not_wait_is_reported_at_either_end(gpus: Devices):
     x, y = matrix(gpus[0]), matrix(gpus[1])
-    sender, receiver = course_lib.stream(gpus[0]), course_lib.stream(gpus[1])
+    sender, receiver = course_lib.side_stream(gpus[0]), course_lib.side_stream(gpus[1])
 
     def unwritten():
         with sender, receiver:
@@ -347,7 +350,7 @@ def test_a_copy_that_does_not_wait_is_reported_at_either_end(gpus: Devices):
 
 def test_two_writes_in_no_order_are_reported(gpus: Devices):
     x = matrix(gpus[0])
-    side = course_lib.stream(gpus[0])
+    side = course_lib.side_stream(gpus[0])
 
     def program():
         x.add_(1)
@@ -361,7 +364,7 @@ def test_two_writes_in_no_order_are_reported(gpus: Devices):
 
 def test_a_view_is_the_same_memory(gpus: Devices):
     x = matrix(gpus[0])
-    side = course_lib.stream(gpus[0])
+    side = course_lib.side_stream(gpus[0])
 
     def program():
         x[:10].zero_()
@@ -373,7 +376,7 @@ def test_a_view_is_the_same_memory(gpus: Devices):
 
 def test_two_parts_of_one_tensor_are_two_pieces_of_memory(gpus: Devices):
     x = matrix(gpus[0])
-    side = course_lib.stream(gpus[0])
+    side = course_lib.side_stream(gpus[0])
 
     def program(part: torch.Tensor) -> None:
         x[:50].zero_()
@@ -386,7 +389,7 @@ def test_two_parts_of_one_tensor_are_two_pieces_of_memory(gpus: Devices):
 
 def test_reading_a_number_too_early_is_reported(gpus: Devices):
     def program():
-        with course_lib.stream(gpus[0]):
+        with course_lib.side_stream(gpus[0]):
             total = torch.ones(3, device=gpus[0]).sum()
         total.item()
 
@@ -410,7 +413,7 @@ def test_reading_a_number_too_early_is_reported(gpus: Devices):
 def test_nothing_is_reported_after_a_wait_of_any_kind(gpus: Devices, wait):
     x = matrix(gpus[0])
     main = course_lib.current_stream(gpus[0])
-    side, other = course_lib.stream(gpus[0]), course_lib.stream(gpus[0])
+    side, other = course_lib.side_stream(gpus[0]), course_lib.side_stream(gpus[0])
 
     def program():
         y = x @ x
@@ -423,7 +426,7 @@ def test_nothing_is_reported_after_a_wait_of_any_kind(gpus: Devices, wait):
 
 def test_a_wait_for_an_earlier_event_is_not_enough(gpus: Devices):
     x = matrix(gpus[0])
-    main, side = course_lib.current_stream(gpus[0]), course_lib.stream(gpus[0])
+    main, side = course_lib.current_stream(gpus[0]), course_lib.side_stream(gpus[0])
 
     def program():
         event = main.record_event()
@@ -436,7 +439,7 @@ def test_a_wait_for_an_earlier_event_is_not_enough(gpus: Devices):
 
 
 def test_default_streams_need_no_waits(gpus: Devices):
-    course_lib.stream(gpus[0])
+    course_lib.side_stream(gpus[0])
     x = matrix(gpus[0]).requires_grad_()
 
     def program():
@@ -452,7 +455,7 @@ def test_a_strict_trace_raises_at_the_first_missing_wait(gpus: Devices):
     said = pytest.raises(StreamHazard, match="add on vgpu:0 stream 1 reads")
     with said, course_lib.trace(strict=True):
         y = x @ x
-        with course_lib.stream(gpus[0]):
+        with course_lib.side_stream(gpus[0]):
             y + 1
     with course_lib.trace() as recording:
         x + 1
@@ -465,17 +468,17 @@ def test_a_strict_trace_raises_in_backward_too(gpus: Devices):
     course_lib.synchronize()
     with pytest.raises(StreamHazard), course_lib.trace(strict=True):
         gradient = torch.ones(100, 100, device=gpus[0])
-        with course_lib.stream(gpus[0]):
+        with course_lib.side_stream(gpus[0]):
             y.backward(gradient)
 
 
 def test_without_a_trace_python_warns(gpus: Devices):
     x = matrix(gpus[0])
     y = x @ x
-    with pytest.warns(StreamHazard, match="wait_stream") as said, course_lib.stream(gpus[0]):
+    with pytest.warns(StreamHazard, match="wait_stream") as said, course_lib.side_stream(gpus[0]):
         y + 1
     assert said[0].filename == __file__
-    with warnings.catch_warnings(), course_lib.stream(gpus[0]):
+    with warnings.catch_warnings(), course_lib.side_stream(gpus[0]):
         warnings.simplefilter("error", StreamHazard)
         with pytest.raises(StreamHazard):
             y + 1
@@ -485,7 +488,7 @@ def test_a_trace_says_how_many_waits_are_missing(gpus: Devices):
     x = matrix(gpus[0])
     with course_lib.trace() as recording:
         y = x @ x
-        with course_lib.stream(gpus[0]):
+        with course_lib.side_stream(gpus[0]):
             y + 1
     assert "1 missing wait" in repr(recording)
 
@@ -497,7 +500,7 @@ def test_a_program_on_default_streams_takes_the_same_time_if_side_streams_exist(
     def run(with_side_stream: bool) -> course_lib.Trace:
         gpus = course_lib.devices(3)
         if with_side_stream:
-            course_lib.stream(gpus[0])
+            course_lib.side_stream(gpus[0])
         x = torch.ones(64, 64, device=gpus[0], requires_grad=True)
         with course_lib.trace() as recording:
             y = (x @ x).relu().to(gpus[1])
@@ -513,7 +516,7 @@ def test_a_program_on_default_streams_takes_the_same_time_if_side_streams_exist(
 
 
 def test_what_is_enqueued_later_goes_first_if_it_is_ready_first(gpus: Devices):
-    x, side = matrix(gpus[0]), course_lib.stream(gpus[0])
+    x, side = matrix(gpus[0]), course_lib.side_stream(gpus[0])
     main = course_lib.current_stream(gpus[0])
 
     def program():
@@ -680,7 +683,7 @@ def test_looking_ends_with_the_wait_and_leaves_the_programs_own_modes_in_place(g
 
 
 def test_a_value_printed_without_waiting_for_its_stream_is_reported(gpus: Devices):
-    side = course_lib.stream(gpus[0])
+    side = course_lib.side_stream(gpus[0])
 
     def program(waits: bool) -> None:
         with side:

@@ -162,13 +162,13 @@ class Alone:
 
     def step(self, x: Tensor, y: Tensor) -> object:
         """One step on a batch; returns its loss, or what a step of its own returns."""
-        dice = torch.default_generator.get_state()
+        rng_state = torch.default_generator.get_state()
         with FlopCounterMode(display=False) as counter:
             loss = self._step(x, y)
         self.flops = float(counter.get_total_flops())
-        if not torch.equal(torch.default_generator.get_state(), dice):
+        if not torch.equal(torch.default_generator.get_state(), rng_state):
             self.threw_dice = True
-            torch.default_generator.set_state(dice)  # as if it had not been here
+            torch.default_generator.set_state(rng_state)  # as if it had not been here
         return loss
 
     def _plain(self, x: Tensor, y: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from course_lib.exercises.diagnosis import (
     require_tensors,
 )
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
-from course_lib.hardware import current_stream, stream
+from course_lib.hardware import current_stream, side_stream
 from course_lib.parallel.collectives import ring_all_reduce
 from course_lib.parallel.expert_parallel import ExpertParallel
 from course_lib.parallel.experts import MixtureOfExperts
@@ -135,7 +135,7 @@ def _seconds_of_rounds(plan: Sequence[Sequence[int]], nodes: int, size: int) -> 
     """The lesson's all-to-all in these rounds."""
     with hardware.fresh_devices(nodes * size, SPEC, "meta", nodes) as gpus:
         part = [torch.empty(10_000, device=gpu) for gpu in gpus]
-        sends, receives = ([stream(gpu) for gpu in gpus] for _ in range(2))
+        sends, receives = ([side_stream(gpu) for gpu in gpus] for _ in range(2))
         for gpu, send, receive in zip(gpus, sends, receives, strict=True):
             send.wait_stream(current_stream(gpu))
             receive.wait_stream(current_stream(gpu))

@@ -21,7 +21,7 @@ from course_lib.hardware.queues import (
     current_stream,
     event,
     host_seconds,
-    stream,
+    side_stream,
     synchronize,
 )
 from course_lib.virtual.spec import Spec
@@ -45,6 +45,6 @@ __all__ = [
     "real_devices",
     "real_gpus",
     "reset_peak_memory",
-    "stream",
+    "side_stream",
     "synchronize",
 ]

@@ -41,8 +41,8 @@ class Stream(Protocol):
     def __exit__(self, *error: Any) -> None: ...
 
 
-def stream(device: torch.device | str | PaperDevice) -> Stream:
-    """A new side stream of ``device``: ``with course_lib.stream(gpu):`` enqueues work there.
+def side_stream(device: torch.device | str | PaperDevice) -> Stream:
+    """A new side stream of ``device``: ``with course_lib.side_stream(gpu):`` enqueues work there.
 
     Work on different streams of a device runs at the same time if the device can do both (a copy
     beside a product), and in no order, until one stream waits for the other. A copy between two

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from course_lib.hardware import current_stream, stream
+from course_lib.hardware import current_stream, side_stream
 from course_lib.parallel.collectives import matching, require_contiguous
 
 PIECES = 8  # of each half, if nothing is said
@@ -93,7 +93,7 @@ class _Tree:
         self.order = leaves_first(parents, len(tensors))
         devices = [tensor.device for tensor in tensors]
         self.main = [current_stream(device) for device in devices]
-        self.sides = [[stream(device) for device in devices] for _ in range(4)]
+        self.sides = [[side_stream(device) for device in devices] for _ in range(4)]
         self.up_in, self.up_out, self.down_in, self.down_out = self.sides
         for streams in self.sides:
             for side, main in zip(streams, self.main, strict=True):

@@ -170,25 +170,26 @@ class _Run:
             Tensor,
             lambda one: one.detach().requires_grad_(needs_gradient and one.is_floating_point()),
         )
-        device = self.devices[stage]
-        dice = torch.get_device_module(device).get_rng_state(device) if self.recompute else None
+        device, rng_state = self.devices[stage], None
+        if self.recompute:
+            rng_state = torch.get_device_module(device).get_rng_state(device)
         with torch.set_grad_enabled(not self.recompute):
             out = self.run_stage(stage, microbatch, x)
-        self.kept[stage, microbatch] = x, dice, None if self.recompute else out
+        self.kept[stage, microbatch] = x, rng_state, None if self.recompute else out
         if stage == self.last:
             self.losses[microbatch] = out.detach()
         else:
             self.send("F", each(out, Tensor, Tensor.detach), stage, stage + 1, microbatch)
 
     def backward(self, stage: int, microbatch: int) -> None:
-        x, dice, out = self.kept.pop((stage, microbatch))
+        x, rng_state, out = self.kept.pop((stage, microbatch))
         if stage < self.lowest:
             return
         gradients = [None] if stage == self.last else self.receive("B", stage, microbatch)
-        if self.recompute:  # with the dice of the first time, for dropout to drop the same
+        if self.recompute:  # with the random state of the first time, for dropout to drop the same
             device = self.devices[stage]
             with torch.random.fork_rng([device], device_type=device.type):
-                torch.get_device_module(device).set_rng_state(dice, device)
+                torch.get_device_module(device).set_rng_state(rng_state, device)
                 out = self.run_stage(stage, microbatch, x)
         # An output may need no gradient, and the stage after may not use it; the loss starts alone.
         used = [

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor
 
-from course_lib.hardware import Stream, current_stream, stream
+from course_lib.hardware import Stream, current_stream, side_stream
 
 # For each rank its chunks.
 Chunks = Sequence[Sequence[Tensor]]
@@ -41,7 +41,7 @@ class Ring:
     def __init__(
         self,
         devices: Sequence[torch.device],
-        make_stream: Callable[[torch.device], Stream] = stream,
+        make_stream: Callable[[torch.device], Stream] = side_stream,
     ) -> None:
         self.devices = list(devices)
         self.send: list[Stream] = []

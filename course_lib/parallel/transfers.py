@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from course_lib.hardware import Event, Stream, current_stream, stream
+from course_lib.hardware import Event, Stream, current_stream, side_stream
 from course_lib.parallel.kinds import Devices, Tensors
 
 
@@ -45,7 +45,7 @@ class Link:
 
     def __init__(self, source: torch.device, destination: torch.device) -> None:
         self._destination = destination
-        self._sending, self._receiving = stream(source), stream(destination)
+        self._sending, self._receiving = side_stream(source), side_stream(destination)
 
     def send(self, tensor: Tensor) -> Transfer:
         """Start to copy ``tensor``, as it is after all that its device was given so far."""
@@ -71,7 +71,7 @@ class SideStreams:
 
     def __init__(self, devices: Devices) -> None:
         self._devices = list(devices)
-        self._streams = [stream(device) for device in devices]
+        self._streams = [side_stream(device) for device in devices]
 
     @contextmanager
     def beside(self, tensors: Tensors, ready: Sequence[Event] | None = None) -> Iterator[None]:

@@ -140,7 +140,7 @@ class Stream:
                 f"this stream, or the stream of this event, is of other virtual GPUs than those "
                 f"there are now: devices() was called after it was made, or it was made outside "
                 f"of this fresh_devices() block, or inside of one that has ended. "
-                f"Make a new one with course_lib.stream('{DEVICE_TYPE}:{self.device_index}')."
+                f"Make a new one with course_lib.side_stream('{DEVICE_TYPE}:{self.device_index}')."
             )
 
     def _wait_for(self, tasks: list[Task]) -> None:
@@ -277,8 +277,8 @@ class Event:
 
 def _check(method: str, given: object, kind: type) -> None:
     if not isinstance(given, kind):
-        name = kind.__name__.lower()
+        name, maker = ("stream", "side_stream") if kind is Stream else ("event", "event")
         raise TypeError(
-            f"{method} takes the {name} of a virtual GPU, as course_lib.{name}(gpu) makes it, and "
+            f"{method} takes the {name} of a virtual GPU, as course_lib.{maker}(gpu) makes it, and "
             f"not {given!r}"
         )

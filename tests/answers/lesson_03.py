@@ -31,8 +31,8 @@ def side_streams(tensors, starting=True, finishing=True):
         starting, finishing: whether these waits are there.
     """
     mains = [course_lib.current_stream(tensor.device) for tensor in tensors]
-    sends = [course_lib.stream(tensor.device) for tensor in tensors]
-    receives = [course_lib.stream(tensor.device) for tensor in tensors]
+    sends = [course_lib.side_stream(tensor.device) for tensor in tensors]
+    receives = [course_lib.side_stream(tensor.device) for tensor in tensors]
     for main, send, receive in zip(mains, sends, receives, strict=True):
         if starting:
             send.wait_stream(main), receive.wait_stream(main)

@@ -125,7 +125,7 @@ class DeviceModule:
     def set_stream(self, stream: streams.Stream) -> None:
         if not isinstance(stream, streams.Stream):
             raise TypeError(
-                f"a stream of a virtual GPU comes from course_lib.stream(device): {stream!r}"
+                f"a stream of a virtual GPU comes from course_lib.side_stream(device): {stream!r}"
             )
         stream.__enter__()  # and nothing leaves it
 
