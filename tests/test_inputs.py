@@ -24,6 +24,7 @@ from course_lib.parallel.mesh import Mesh, MeshGPT
 from course_lib.parallel.pipeline import Pipeline, microbatches_of
 from course_lib.parallel.schedule_chart import step_times
 from course_lib.parallel.schedules import gpipe
+from course_lib.parallel.seeds import seed_ranks
 from course_lib.parallel.sharded_data_parallel import Sharded
 from course_lib.parallel.tensor_parallel import (
     ColumnLinear,
@@ -32,7 +33,7 @@ from course_lib.parallel.tensor_parallel import (
     ParallelMLP,
     RowLinear,
 )
-from course_lib.parallel.unit_exchange import bytes_a_parameter
+from course_lib.parallel.unit_exchange import bytes_a_parameter, bytes_a_step
 from course_lib.parallel.vocabulary import vocabulary_cross_entropy
 
 Gpus = list[torch.device]
@@ -225,6 +226,13 @@ OTHERS: dict[str, tuple[type[Exception], str, Callable[[Gpus], object]]] = {
     "a stage below 0": (ValueError, "stages are 0 to 3", lambda d: bytes_a_parameter(-1, 4)),
     "a stage above 3": (ValueError, "stages are 0 to 3", lambda d: bytes_a_parameter(4, 4)),
     "a stage of no devices": (ValueError, "of 0 devices", lambda d: bytes_a_parameter(1, 0)),
+    "True for a stage": (ValueError, "stage True", lambda d: bytes_a_parameter(True, 4)),
+    "half a device": (ValueError, "of 2.5 devices", lambda d: bytes_a_parameter(3, 2.5)),
+    "no group": (ValueError, "in 0 groups", lambda d: bytes_a_step(3, 4, 100, 0)),
+    "half a group": (ValueError, "in 2.5 groups", lambda d: bytes_a_step(3, 4, 100, 2.5)),
+    "bytes below 0": (ValueError, "-100 bytes", lambda d: bytes_a_step(3, 4, -100)),
+    "a device to seed": (TypeError, "takes a list of devices", lambda d: seed_ranks(0, "vgpu:0")),
+    "nothing to seed": (ValueError, "no device in the list", lambda d: seed_ranks(0, [])),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from course_lib.parallel.inputs import require_devices
 from course_lib.parallel.kinds import Devices
 
 
@@ -13,8 +14,12 @@ def seed_ranks(seed: int, devices: Devices) -> None:
     After ``torch.manual_seed(seed)`` all devices draw the same numbers, so that all replicas drop
     the same places of their different examples: call this once, after they are made. Models that
     are split see to their dropout themselves, with :mod:`course_lib.parallel.dropout`.
+
+    Raises:
+        TypeError: ``devices`` is one device, or no list.
+        ValueError: there is no device in it.
     """
-    for rank, device in enumerate(devices):
+    for rank, device in enumerate(require_devices(devices)):
         seed_device(seed + rank, device)
 
 

@@ -122,7 +122,7 @@ def bytes_a_parameter(stage: int, device_count: int) -> float:
     """Bytes of parameters, gradients and optimizer state on each device, in mixed precision.
 
     Raises:
-        ValueError: there is no such stage, or no device.
+        ValueError: there is no such stage, or the devices are no whole number, 1 or above.
     """
     _require_stage(stage, device_count)
     n = device_count
@@ -136,15 +136,22 @@ def bytes_a_step(stage: int, device_count: int, nbytes: int, groups: int = 1) ->
     several groups of ``device_count`` devices (HSDP), each device sums its part with the others'.
 
     Raises:
-        ValueError: there is no such stage, or no device.
+        ValueError: there is no such stage, devices or groups are no whole number, 1 or above, or
+            the bytes are negative.
     """
-    _require_stage(stage, device_count)
+    _require_stage(stage, device_count, groups, nbytes)
     inside = (3 if stage == 3 else 2) * (device_count - 1) / device_count * nbytes
     return inside + 2 * (groups - 1) / groups * nbytes / device_count
 
 
-def _require_stage(stage: int, device_count: int) -> None:
-    if stage not in range(4) or device_count < 1:
+def _require_stage(stage: int, device_count: int, groups: int = 1, nbytes: float = 0) -> None:
+    if (
+        {type(stage), type(device_count), type(groups)} != {int}  # True is an int, and no stage
+        or stage not in range(4)
+        or min(device_count, groups) < 1
+        or not nbytes >= 0
+    ):
         raise ValueError(
-            f"stages are 0 to 3, of one device or more: stage {stage} of {device_count} devices"
+            "stages are 0 to 3, of one device or more in one group or more, for 0 bytes or more: "
+            f"stage {stage!r} of {device_count!r} devices in {groups!r} groups, {nbytes!r} bytes"
         )
