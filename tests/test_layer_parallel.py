@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from course_lib import CLASSROOM, devices, trace
@@ -42,6 +43,41 @@ def test_a_gpt_over_four_gpus_equals_the_gpt_on_one() -> None:
     next_token_loss(placed(tokens), targets.to(gpus[-1])).backward()
     for ours, theirs in zip(placed.parameters(), gpt.parameters(), strict=True):
         assert torch.equal(ours.grad.cpu(), theirs.grad)
+
+
+class Fork(nn.Module):
+    def forward(self, x: Tensor) -> tuple:
+        return x.tanh(), (x, None), 2
+
+
+class Join(nn.Module):
+    def forward(self, handed_on: tuple) -> Tensor:
+        tanh, (x, nothing), number = handed_on
+        assert nothing is None
+        return x + number * tanh
+
+
+def test_a_stage_hands_on_tuples() -> None:
+    gpus = devices(3)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), Fork(), nn.Identity(), Join(), nn.Linear(4, 4))
+    placed = LayerParallel(copy.deepcopy(model), gpus, [2, 3])
+    x = torch.randn(5, 4)
+    model(x).square().sum().backward()
+    placed(x).square().sum().backward()
+    for ours, theirs in zip(placed.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours.grad.cpu(), theirs.grad)
+
+
+class Named(nn.Module):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"x": x}
+
+
+def test_what_cannot_be_handed_on_is_refused_in_one_line() -> None:
+    placed = LayerParallel(nn.Sequential(Named(), nn.Identity()), devices(2), [1])
+    with pytest.raises(TypeError, match="a stage hands on a dict: what goes from stage to stage"):
+        placed(torch.ones(2, 4))
 
 
 @pytest.mark.parametrize("count", [2, 4])

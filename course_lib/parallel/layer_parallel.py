@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from operator import methodcaller
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from course_lib.parallel.inputs import require_devices
+from course_lib.parallel.stage_values import each
 
 
 class LayerParallel(nn.Module):
@@ -59,10 +62,17 @@ class LayerParallel(nn.Module):
         for stage, device in zip(self.stages, self.devices, strict=True):
             stage.to(device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The model's output, on the last device; ``x`` may start anywhere."""
+    def forward(self, x: Any) -> Any:
+        """The model's output, on the last device; ``x`` may start anywhere.
+
+        What goes from stage to stage is a tensor, or a tuple of tensors and of things that are
+        none.
+
+        Raises:
+            TypeError: it is something else, such as a dictionary.
+        """
         for stage, device in zip(self.stages, self.devices, strict=True):
-            x = stage(x.to(device))
+            x = stage(each(x, Tensor, methodcaller("to", device)))
         return x
 
 
