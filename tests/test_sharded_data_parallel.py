@@ -285,6 +285,29 @@ def test_a_shard_is_needed_for_every_device(vgpus) -> None:
         sharded.train_step(*[split_batch(part[:0], vgpus[:2]) for part in (x, y)], F.cross_entropy)
 
 
+class Fork(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple:
+        return x, x.relu()
+
+
+class Join(nn.Module):
+    def forward(self, handed_on: tuple) -> torch.Tensor:
+        return handed_on[0] + handed_on[1]
+
+
+@stages
+def test_a_tuple_stays_within_a_unit_and_between_units_is_refused(vgpus, stage: int) -> None:
+    ((x, y),) = image_batches(4)
+    batch = split_batch(x.float(), vgpus[:2]), split_batch(y, vgpus[:2]), F.cross_entropy
+    within = nn.Sequential(nn.Linear(6, 6), Fork(), Join(), nn.Linear(6, 5))
+    Sharded(within, vgpus[:2], stage, torch.float32).train_step(*batch)
+    between = nn.Sequential(nn.Linear(6, 6), Fork(), nn.Sequential(Join(), nn.Linear(6, 5)))
+    for model in (between, between[:2]):
+        with pytest.raises(TypeError, match="one tensor for its output, not a tuple: put") as error:
+            Sharded(model, vgpus[:2], stage, torch.float32).train_step(*batch)
+        assert "\n" not in str(error.value)
+
+
 # Training: accumulation, clipping, groups, state.
 
 

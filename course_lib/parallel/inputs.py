@@ -6,6 +6,7 @@ What is wrong is said before any work is done. PyTorch's own words are kept wher
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,20 @@ def require_one_each(tensors: Tensors, count: int, what: str = "this") -> None:
         raise TypeError(f"{what} takes a list with one tensor a device, not a single tensor")
     if len(tensors) != count:
         raise ValueError(f"{what} is on {count} devices, and was given {len(tensors)} tensors")
+
+
+def require_one_tensor(output: Any) -> Tensor:
+    """The output of a unit of sharded training, whose gradient comes as one tensor.
+
+    Raises:
+        TypeError: it is something else, such as a tuple.
+    """
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"a unit of Sharded has one tensor for its output, not a {type(output).__name__}: put "
+            "the layer that makes it and the one that takes it into one nn.Sequential"
+        )
+    return output
 
 
 def require_gpt(model: nn.Module) -> None:

@@ -29,7 +29,7 @@ from course_lib.parallel.flat_unit import (
     with_next,
 )
 from course_lib.parallel.gradient_norm import clip_together
-from course_lib.parallel.inputs import require_devices
+from course_lib.parallel.inputs import require_devices, require_one_tensor
 from course_lib.parallel.kinds import Devices, Loss, Tensors
 from course_lib.parallel.sharded_state import gather_state, scatter_state
 from course_lib.parallel.unit_exchange import UnitExchange
@@ -138,6 +138,7 @@ class Sharded:
 
         Raises:
             ValueError: there is not one shard of each for every device, or no example at all.
+            TypeError: what goes from one unit to the next, or to the loss, is not one tensor.
         """
         sizes = [len(y) for y in targets]
         if not len(inputs) == len(sizes) == len(self.devices) or not any(sizes):
@@ -176,7 +177,7 @@ class Sharded:
         xs = [x.to(self.dtype) if x.is_floating_point() else x for x in inputs]
         for unit, following in with_next(self.units):
             with self._exchange.whole(unit, following):
-                outs = [unit.forward(rank, x) for rank, x in enumerate(xs)]
+                outs = [require_one_tensor(unit.forward(rank, x)) for rank, x in enumerate(xs)]
             kept.append((xs, outs))
             # Cut autograd's graph, so that backward comes to one unit at a time as well.
             xs = [out.detach().requires_grad_() for out in outs]
