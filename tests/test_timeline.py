@@ -61,6 +61,27 @@ def test_a_device_that_does_two_things_at_once_is_busy_once():
     assert recording.idle_fraction(1) == pytest.approx(0.4)
 
 
+@pytest.mark.parametrize("device_type", ["vgpu", "cuda"])
+def test_a_device_is_taken_itself_by_name_and_by_index(vgpus: Devices, device_type: str):
+    recording = by_hand(device_type)
+    for index in range(2):
+        name = f"{device_type}:{index}"
+        for given in (torch.device(name), name, np.int64(index), index):
+            assert recording.bytes_sent(given) == [150, 0][index]
+            assert recording.busy_seconds(given) == pytest.approx(0.6)
+            assert recording.idle_fraction(given) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("device", ["vgpu:2", "vgpu", "cuda:0", "cpu", 2, -1, 1.0, True, None])
+def test_what_is_no_device_of_a_recording_is_refused(vgpus: Devices, device):
+    recording = by_hand()
+    is_device = isinstance(device, str)
+    for given in (device, torch.device(device)) if is_device else (device,):
+        for ask in (recording.bytes_sent, recording.busy_seconds, recording.idle_fraction):
+            with pytest.raises(ValueError, match=f"2 device.s., from vgpu:0 on, and '{device}'"):
+                ask(given)
+
+
 def test_flops_are_added_up():
     assert by_hand().flops == 10
 

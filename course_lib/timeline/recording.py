@@ -7,6 +7,7 @@ from array import array
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,16 +117,26 @@ class Trace:
         """Bytes copied from one device to another; copies from and to the host left out."""
         return sum(span.bytes for span in self.spans if span.route and None not in span.route)
 
-    def bytes_sent(self, device: torch.device) -> int:
-        """Bytes that ``device`` sent to other devices."""
+    def bytes_sent(self, device: torch.device | str | int) -> int:
+        """Bytes that ``device``, which may be given by name or index, sent to other devices.
+
+        Raises:
+            ValueError: it is no device of this recording.
+        """
+        index = self._index_of(device)
         return sum(
             span.bytes
             for span in self.spans
-            if span.route and None not in span.route and span.route[0] == device.index
+            if span.route and None not in span.route and span.route[0] == index
         )
 
-    def busy_seconds(self, index: int) -> float:
-        """Seconds in which device ``index`` computed or copied."""
+    def busy_seconds(self, device: torch.device | str | int) -> float:
+        """Seconds in which ``device``, which may be given by name or index, computed or copied.
+
+        Raises:
+            ValueError: it is no device of this recording.
+        """
+        index = self._index_of(device)
         busy = done = 0.0
         for span in sorted(self.spans, key=lambda span: span.start):
             if index in span.devices:
@@ -134,9 +145,30 @@ class Trace:
                 done = max(done, span.end)
         return busy
 
-    def idle_fraction(self, index: int) -> float:
-        """The part of the whole time in which device ``index`` did nothing, from 0 to 1."""
-        return 1 - self.busy_seconds(index) / self.seconds if self.seconds else 0.0
+    def idle_fraction(self, device: torch.device | str | int) -> float:
+        """The part of the whole time in which ``device`` did nothing, from 0 to 1.
+
+        It is given, and refused, as for :meth:`busy_seconds`.
+        """
+        busy = self.busy_seconds(device)
+        return 1 - busy / self.seconds if self.seconds else 0.0
+
+    def _index_of(self, device: torch.device | str | int) -> int:
+        """The index of a device of this recording, which may be given by name or index.
+
+        Raises:
+            ValueError: it is none.
+        """
+        names = [self.name_of(index) for index in range(self.device_count)]
+        is_index = isinstance(device, Integral) and not isinstance(device, bool)
+        # Names are compared: PyTorch may not know "vgpu" where a recording is read.
+        name = f"{self.device_type}:{device}" if is_index else str(device)
+        if name not in names:
+            raise ValueError(
+                f"this recording has {self.device_count} device(s), from {self.name_of(0)} on, and "
+                f"{str(device)!r} is none of them: give a device, its name or its index"
+            )
+        return names.index(name)
 
     @property
     def flops(self) -> float:
