@@ -1,5 +1,6 @@
 """The files that install the course agree with each other."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -114,6 +115,14 @@ def test_importing_the_methods_loads_no_matplotlib():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_no_module_has_the_name_of_what_it_defines():
+    """Or an import of the one would hide the other."""
+    for path in (ROOT / "course_lib").rglob("*.py"):
+        own = path.parent.name if path.stem == "__init__" else path.stem
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        assert own not in [getattr(each, "name", None) for each in body], path
 
 
 def test_the_way_into_virtual_names_every_module_and_its_core_is_short():

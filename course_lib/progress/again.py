@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from course_lib.exercises.verdict import NOT_ATTEMPTED, WRONG
-from course_lib.progress.judge import READY
+from course_lib.progress.judging import READY
 from course_lib.progress.lessons import Exercise
 from course_lib.progress.saved import MISSING, Work, answer_of, own_cells
 
@@ -98,7 +98,7 @@ def _ended(task: Path, results: Path, limits: Limits, folder: str) -> str:
         # The process works in a folder of its own, and needs to find this package from there.
         "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
     }
-    program = [sys.executable, "-m", "course_lib.progress.judge"]
+    program = [sys.executable, "-m", "course_lib.progress.judging"]
     process = subprocess.Popen(
         [*program, str(task), str(results), str(limits.gigabytes)],
         cwd=folder,

@@ -1,6 +1,6 @@
 """Judges the answers of one notebook: what runs in a process of its own.
 
-    python -m course_lib.progress.judge TASK RESULTS GIGABYTES
+    python -m course_lib.progress.judging TASK RESULTS GIGABYTES
 
 ``TASK`` is a JSON file: ``setup``, ``own`` (the learner's cells) and ``answers``, each with
 ``name``, ``answer`` and ``check``. ``RESULTS`` gets a line when the set-up has run, and a line of
