@@ -66,6 +66,16 @@ def test_a_device_without_an_index_is_the_rank_s_own(vgpus):
     assert ranks.run(devices, vgpus) == [[f"vgpu:{rank}"] * 5 for rank in range(4)]
 
 
+def test_a_group_may_say_which_gpu_it_is_on(vgpus):
+    def total() -> float:
+        dist.init_process_group("nccl", device_id=ranks.device())
+        x = torch.ones(1, device=ranks.device())
+        dist.all_reduce(x)
+        return x.item()
+
+    assert ranks.run(total, vgpus) == [4] * 4
+
+
 def test_random_numbers_are_each_rank_s_own(vgpus):
     def draw() -> list[float]:
         dist.init_process_group()

@@ -167,6 +167,15 @@ def test_a_process_group_without_a_backend_is_that_of_the_cpu(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("device", ["vgpu:1", 0])
+def test_a_process_group_on_a_virtual_gpu_says_that_ranks_have_one(tmp_path, device):
+    device_id = torch.device(device) if isinstance(device, str) else device
+    meeting = {"init_method": f"file://{tmp_path / 'meeting'}", "rank": 0, "world_size": 1}
+    with pytest.raises(RuntimeError, match=r"=vgpu:\d is .*: leave .* or run ranks") as error:
+        torch.distributed.init_process_group(**meeting, device_id=device_id)
+    assert "\n" not in str(error.value) and not torch.distributed.is_initialized()
+
+
 @pytest.mark.parametrize("batch_size", [2, None])
 def test_a_worker_that_returns_tensors_of_a_device_gets_one_clear_line(batch_size: int | None):
     data = [torch.ones(2, device="vgpu:0") for _ in range(4)]
