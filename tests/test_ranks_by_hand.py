@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
@@ -148,6 +149,77 @@ def test_no_sync_sends_once_and_gives_the_whole_batch_s_gradient() -> None:
     assert t.bytes_between_devices == 6 * nbytes
 
 
+def one_layer_s_gradient(backward: Callable[[AveragedGradients, nn.Module, Tensor], Any]) -> Tensor:
+    """What ``backward`` leaves in a layer's weights, when rank 0 has ones and rank 1 twos."""
+
+    def run() -> Tensor:
+        model = nn.Linear(2, 1).to("vgpu")
+        averaged = AveragedGradients(model, 1)
+        backward(averaged, model, torch.full((1, 2), dist.get_rank() + 1.0, device="vgpu"))
+        assert model.weight.grad is not None
+        return model.weight.grad.cpu()
+
+    first, second = on_ranks(devices(2), run)
+    assert torch.equal(first, second)
+    return first
+
+
+def test_no_sync_inside_no_sync_changes_nothing() -> None:
+    def backward(averaged: AveragedGradients, model: nn.Module, x: Tensor) -> None:
+        with averaged.no_sync():
+            with averaged.no_sync():
+                model(x).sum().backward()
+            model(x).sum().backward()
+        model(x).sum().backward()
+        averaged.finish()
+
+    assert one_layer_s_gradient(backward).tolist() == [[4.5, 4.5]]
+
+
+@pytest.mark.filterwarnings("ignore::course_lib.StreamHazard")  # of what is then refused
+@pytest.mark.parametrize("then", ["again", "in no_sync", "dropped"])
+def test_a_second_backward_before_finish_is_refused_and_one_behind_it_is_right(then: str) -> None:
+    def backward(averaged: AveragedGradients, model: nn.Module, x: Tensor) -> None:
+        model(9 * x).sum().backward()
+        if then == "dropped":
+            model.zero_grad()
+        with (
+            pytest.raises(RuntimeError, match=r"came a second time before finish\(\): call finish"),
+            averaged.no_sync() if then == "in no_sync" else nullcontext(),
+        ):
+            model(x).sum().backward()
+        averaged.finish()
+        model.zero_grad()
+        model(x).sum().backward()
+        averaged.finish()
+
+    assert one_layer_s_gradient(backward).tolist() == [[1.5, 1.5]]
+
+
+def test_averaged_gradients_leave_frozen_parameters_alone_while_they_are() -> None:
+    torch.manual_seed(0)
+    whole, x = MLP(4, 4, 4), torch.randn(4, 4)
+    whole[0].requires_grad_(False)
+    whole[2].bias.requires_grad_(False)
+
+    def backward() -> list[Tensor | None]:
+        model = copy.deepcopy(whole).to("vgpu")
+        averaged = AveragedGradients(model, 1)
+        model(shard_of(x).to("vgpu")).square().mean().backward()
+        averaged.finish()
+        gradients = [p.grad if p.grad is None else p.grad.cpu() for p in model.parameters()]
+        model.requires_grad_(True)
+        with pytest.raises(RuntimeError, match=r"learns that was frozen .* make it anew"):
+            averaged.finish()
+        return gradients
+
+    found = on_ranks(devices(2), backward)
+    whole(x).square().mean().backward()
+    for ours in found:
+        for one, parameter in zip(ours, whole.parameters(), strict=True):
+            torch.testing.assert_close(one, parameter.grad)
+
+
 def test_a_gradient_that_does_not_come_is_named() -> None:
     def backward() -> None:
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).to("vgpu")
@@ -245,6 +317,32 @@ def test_shards_hold_what_fully_shard_holds_within_a_hundredth() -> None:
     assert sent == sent_by_engine
 
 
+def test_a_frozen_layer_has_no_shards_and_is_left_out() -> None:
+    torch.manual_seed(0)
+    whole, x = MLP(4, 4, 4, 4), torch.randn(4, 4)
+    whole[2].requires_grad_(False)
+
+    def train() -> list[Tensor]:
+        model = copy.deepcopy(whole).to("vgpu")
+        with pytest.raises(ValueError, match=r"a parameter is frozen, .*: leave its layer out"):
+            ShardedParameters(model)
+        sharded = ShardedParameters([model[0], model[4]])
+        optimizer = sgd(sharded.shards)
+        model(shard_of(x).to("vgpu")).square().mean().backward()
+        sharded.finish()
+        optimizer.step()
+        with sharded.whole():
+            return [parameter.detach().cpu().clone() for parameter in model.parameters()]
+
+    found = on_ranks(devices(2), train)
+    optimizer = sgd(whole.parameters())
+    whole(x).square().mean().backward()
+    optimizer.step()
+    for ours in found:
+        for one, other in zip(ours, whole.parameters(), strict=True):
+            torch.testing.assert_close(one, other.detach())
+
+
 def test_a_shard_that_gets_no_gradient_is_named_and_shared_parameters_are_refused() -> None:
     def backward() -> None:
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).to("vgpu")
@@ -292,6 +390,31 @@ def test_a_pipeline_by_ranks_gives_the_pipeline_s_gradients_to_the_bit(
     gradients = [gradient for _, own in found for gradient in own]
     for ours, parameter in zip(gradients, pipeline.parameters(), strict=True):
         assert torch.equal(ours, parameter.grad.cpu())
+
+
+@pytest.mark.parametrize("by_ranks", [gpipe_step, one_f_one_b_step])
+def test_a_pipeline_by_ranks_with_padding_and_a_frozen_stage_is_one_gpu_s_step(
+    by_ranks: Callable,
+) -> None:
+    whole, ((x, y), *_) = gpt(), batches()
+    whole[0].requires_grad_(False)
+    y[:2] = y[2:4, :5] = -100  # the first microbatch has no other targets
+
+    def step() -> tuple[float, list[Tensor | None]]:
+        rank = dist.get_rank()
+        part = copy.deepcopy(nn.Sequential(*list(whole)[rank : rank + 1 if rank < 1 else None]))
+        stage = StageOfRank(part.to("vgpu"), (2, 8, 16))
+        xs, ys = x.to("vgpu").chunk(4), y.to("vgpu").chunk(4)
+        losses = by_ranks(stage, xs, ys, next_token_loss)
+        gradients = [p.grad if p.grad is None else p.grad.cpu() for p in part.parameters()]
+        return sum(loss.item() for loss in losses), gradients
+
+    found = on_ranks(devices(2), step)
+    loss = next_token_loss(whole(x), y)
+    loss.backward()
+    assert found[-1][0] == pytest.approx(loss.item())
+    for one, parameter in zip(found[0][1] + found[1][1], whole.parameters(), strict=True):
+        torch.testing.assert_close(one, parameter.grad)
 
 
 WIDTH, MICROBATCHES = 64, 8  # of the pipeline below
@@ -374,3 +497,15 @@ def test_neurons_of_ranks_are_the_parallel_mlp_to_the_bit(count: int) -> None:
         theirs = [outs[rank], xs[rank].grad, *(list(each)[rank].grad for each in shards)]
         for one, other in zip(ours, theirs, strict=True):
             assert torch.equal(one, other.cpu())
+
+
+def test_neurons_of_a_frozen_mlp_are_frozen() -> None:
+    mlp = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+    mlp[0].requires_grad_(False)
+    mlp[2].bias.requires_grad_(False)
+
+    def learning() -> list[str]:
+        part = NeuronsOfRank(mlp, "vgpu")
+        return [name for name, each in part.named_parameters() if each.requires_grad]
+
+    assert on_ranks(devices(2), learning) == [["down_weight"]] * 2

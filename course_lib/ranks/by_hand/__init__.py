@@ -2,8 +2,8 @@
 
 The other packages run every GPU from one program, with lists that have a tensor for each. Here a
 function is one rank's part of the work: what the others do, it knows from the order of the calls
-alone. It is written with ``torch.distributed`` and nothing else of the course, so it runs on
-virtual ranks, and in real processes under ``torchrun``.
+alone. It is written with ``torch.distributed``, and nothing else of the course but what counts
+targets, so it runs on virtual ranks, and in real processes under ``torchrun``.
 
 * ``messages``          sending to one rank while receiving from another; the ring all-reduce;
 * ``data_parallel``     gradients averaged in buckets, while backward still computes the others;

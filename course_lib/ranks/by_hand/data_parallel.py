@@ -22,13 +22,14 @@ def broadcast_model(model: nn.Module) -> None:
 
 
 def bucket_groups(model: nn.Module, bucket_bytes: float) -> list[dict[str, nn.Parameter]]:
-    """Parameters from last to first, in groups of at least so many bytes.
+    """Parameters that learn, from last to first, in groups of at least so many bytes.
 
     All ranks make the same groups in the same order, since they have the same model.
     """
     groups: list[dict[str, nn.Parameter]] = []
     group: dict[str, nn.Parameter] = {}
-    for name, parameter in reversed(list(model.named_parameters())):
+    learning = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+    for name, parameter in reversed(learning):
         group[name] = parameter
         if sum(each.nbytes for each in group.values()) >= bucket_bytes:
             groups.append(group)
@@ -56,6 +57,19 @@ class Bucket:
         self.places = {name: part.view_as(parameter) for (name, parameter), part in parts}
         self.missing = set(group)
         self.work: dist.Work | None = None
+
+    def require_missing(self, name: str) -> None:
+        """Refuse a gradient that has come already: it would be added to what is being averaged.
+
+        Raises:
+            RuntimeError: it has come since the last :meth:`finish`.
+        """
+        if name not in self.missing:
+            raise RuntimeError(
+                f"a gradient of {name} came a second time before finish(): call finish() once a "
+                "step, also if it is dropped, and run all backward passes of it but the last in "
+                "no_sync()"
+            )
 
     def put(self, name: str, parameter: nn.Parameter) -> None:
         """Take in a gradient; with the last one begin the all-reduce."""
@@ -86,8 +100,9 @@ class Bucket:
 class AveragedGradients:
     """Averages a model's gradients over all ranks, in buckets, while backward runs.
 
-    After backward, call :meth:`finish`. Every parameter must get a gradient on every rank, and
-    gradients come in the same order everywhere, which holds for a model without branches.
+    After backward, call :meth:`finish`; a second backward pass before it is refused, but for
+    :meth:`no_sync`. Frozen parameters are left alone. Every other one must get a gradient on every
+    rank, and gradients come in the same order everywhere, which holds for a model without branches.
 
     Args:
         bucket_bytes: how many bytes a bucket holds at least, apart from the last one.
@@ -95,6 +110,7 @@ class AveragedGradients:
 
     def __init__(self, model: nn.Module, bucket_bytes: float) -> None:
         self.buckets = []
+        self._frozen = [each for each in model.parameters() if not each.requires_grad]
         self._is_on = True
         for group in bucket_groups(model, bucket_bytes):
             bucket = Bucket(group)
@@ -104,20 +120,33 @@ class AveragedGradients:
                 parameter.register_post_accumulate_grad_hook(hook)
 
     def _on_gradient(self, bucket: Bucket, name: str, parameter: nn.Parameter) -> None:
+        bucket.require_missing(name)
         if self._is_on:
             bucket.put(name, parameter)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backward passes in this block leave gradients on their rank, to be added to."""
-        self._is_on = False
+        """Backward passes in this block leave gradients on their rank, to be added to.
+
+        A block inside another one changes nothing.
+        """
+        was_on, self._is_on = self._is_on, False
         try:
             yield
         finally:
-            self._is_on = True
+            self._is_on = was_on
 
     def finish(self) -> None:
-        """Wait for all buckets of this step."""
+        """Wait for all buckets of this step.
+
+        Raises:
+            RuntimeError: a gradient has not come, or a parameter learns that was frozen.
+        """
+        if any(parameter.requires_grad for parameter in self._frozen):
+            raise RuntimeError(
+                "a parameter learns that was frozen when AveragedGradients was made, and is in no "
+                "bucket: make it anew after unfreezing"
+            )
         for bucket in self.buckets:
             bucket.finish()
 

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from course_lib.parallel.counting import counts_of, part_of_mean
+
 
 class StageOfRank:
     """Some layers of a model, the stage of this rank, and its messages to the ranks beside it.
@@ -50,7 +52,8 @@ class StageOfRank:
             gradient = self._receive(self.rank + 1)
         x, out = self.kept.pop(i)
         _wait(self._sent_up.pop(i, None))
-        out.backward(gradient)
+        if out.requires_grad:  # as it does unless the first stage is frozen
+            out.backward(gradient)
         if self.rank > 0:
             assert x.grad is not None
             _wait(self._sent_down)
@@ -87,7 +90,8 @@ def gpipe_step(
 
     Args:
         xs: the microbatches; they are looked at on the first rank alone.
-        ys: their targets, looked at on the last rank alone.
+        ys: their targets, looked at on the last rank alone. Padding (-100) counts nothing in the
+            mean; the host waits until the rest is counted.
         loss_function: the mean loss of (outputs, targets).
 
     Returns:
@@ -119,7 +123,8 @@ def _step(
     ahead: int,
 ) -> list[Tensor]:
     """``ahead`` forwards; then a forward and a backward by turns, then the backwards left."""
-    count, examples = len(xs), sum(len(y) for y in ys)
+    count = len(xs)
+    targets = counts_of(ys) if stage.rank == stage.last else []
     losses: list[Tensor] = []
     starts: dict[int, Tensor | None] = {}  # of backward, on the last rank
 
@@ -127,7 +132,7 @@ def _step(
         out = stage.forward(i, xs[i] if stage.rank == 0 else None)
         if stage.rank == stage.last:
             scores = out.detach().requires_grad_()
-            loss = loss_function(scores, ys[i]) * (len(ys[i]) / examples)
+            loss = part_of_mean(loss_function, scores, ys[i], targets[i], sum(targets))
             loss.backward()
             losses.append(loss.detach())
             starts[i] = scores.grad

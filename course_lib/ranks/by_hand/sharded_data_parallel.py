@@ -151,7 +151,7 @@ class ShardedParameters:
             Equal on all ranks.
 
     Raises:
-        ValueError: two layers share a parameter, which would have two places.
+        ValueError: two layers share a parameter, which would have two places, or one is frozen.
     """
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
@@ -159,6 +159,11 @@ class ShardedParameters:
         ids = [id(parameter) for layer in layers for parameter in layer.parameters()]
         if len(set(ids)) < len(ids):
             raise ValueError("two layers share a parameter: put both into one layer")
+        if not all(parameter.requires_grad for layer in layers for parameter in layer.parameters()):
+            raise ValueError(
+                "a parameter is frozen, and a layer's row is trained as one: leave its layer out, "
+                "which stays whole on every rank"
+            )
         self.units = [Unit(layer) for layer in layers]
         for one, other in pairwise(self.units):
             one.after, other.before = other, one

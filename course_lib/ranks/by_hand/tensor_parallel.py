@@ -49,7 +49,7 @@ class NeuronsOfRank(nn.Module):
 
     Args:
         mlp: a linear layer, an activation, a linear layer, the same on all ranks; it stays as it
-            is. N divides the hidden neurons.
+            is. N divides the hidden neurons. Of what is frozen, the parts are.
         device: where this rank's part lives.
     """
 
@@ -60,11 +60,13 @@ class NeuronsOfRank(nn.Module):
         up, self.activation, down = layers
 
         def part(tensor: Tensor, dim: int) -> nn.Parameter:
-            return nn.Parameter(tensor.detach().chunk(N, dim)[rank].clone().to(device))
+            mine = tensor.detach().chunk(N, dim)[rank].clone().to(device)
+            return nn.Parameter(mine, tensor.requires_grad)
 
         self.up_weight, self.up_bias = part(up.weight, 0), part(up.bias, 0)
         self.down_weight = part(down.weight, 1)
-        self.down_bias = nn.Parameter(down.bias.detach().clone().to(device))  # of all ranks
+        bias = down.bias.detach().clone().to(device)  # of all ranks
+        self.down_bias = nn.Parameter(bias, down.bias.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
         """From the whole input, the same on all ranks, to the whole output, on all ranks."""
