@@ -59,8 +59,9 @@ What differs from CUDA in use:
   or another thread with the tensor, is not seen;
 * pageable host memory, and every blocking copy, makes the host wait until the copy is done; CUDA
   may go on once it has staged a small one;
-* memory is refused before the work where that is known at little cost (factories with a size,
-  products, broadcasting), and after it elsewhere;
+* memory is refused before the work where that is known at little cost (factories, products,
+  broadcasting, views with more numbers than memory, what is told how much to return), and after it
+  elsewhere: where it depends on the numbers, or where no more comes out than went in;
 * a tensor freed while another stream still reads it is not reported: on a GPU its memory could be
   given away, unless ``record_stream`` was called;
 * optimizers run parameter by parameter, as on the CPU, unless they are told ``foreach=True``;

@@ -205,12 +205,12 @@ def _create(func: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     if generator is not None:
         check_generator(generator)
     operator = Operator.of(func)
-    check_factory(operator, args, kwargs, index)
+    check_factory(operator, args, kwargs, machine.memories[index])
     with device_generator(index) if operator.is_random and generator is None else nullcontext():
         try:
             out = operator.run(*args, **{**kwargs, "device": machine.backing})
         except RuntimeError as error:
-            refuse_if_host_is_full(error, index)
+            refuse_if_host_is_full(error, machine.memories[index])
             raise
     return finish(operator, [], {}, machine.memories[index], [], out)
 

@@ -12,6 +12,7 @@ from course_lib.virtual.execution import execute
 from course_lib.virtual.machine import machine
 from course_lib.virtual.operators import Operator, runs
 from course_lib.virtual.pinned import is_pinned
+from course_lib.virtual.room import check_room
 from course_lib.virtual.tensor import VirtualTensor, wrap
 
 aten = torch.ops.aten
@@ -33,6 +34,8 @@ def _to_copy(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
         inner = operator.run(inner, **{**kwargs, "device": "cpu"})
         charge_copy(source, inner, host_waits=not kwargs.get("non_blocking"))
         return inner
+    dtype = kwargs.get("dtype") or source.dtype
+    check_room(source.numel() * dtype.itemsize, machine.memories[destination])
     there = operator.run(inner, **{**kwargs, "device": machine.backing})
     outer = wrap(there, machine.memories[destination])
     charge_copy(source, outer)

@@ -25,7 +25,7 @@ from course_lib.virtual.known_forms import run_without_numbers
 from course_lib.virtual.machine import machine
 from course_lib.virtual.memory import Allocation, Memory
 from course_lib.virtual.operators import Operator, runs_all_others
-from course_lib.virtual.room import MAY_OUTGROW, check_output, refuse_if_host_is_full
+from course_lib.virtual.room import check_output, refuse_if_host_is_full
 from course_lib.virtual.tensor import VirtualTensor, wrap
 
 _is_alias_of = torch._C._is_alias_of  # type: ignore[attr-defined]  # not in PyTorch's stubs
@@ -44,13 +44,13 @@ def execute(operator: Operator, args: tuple, kwargs: dict) -> Any:
     memory = tensors[0].allocation.memory
     if memory.machine_number != machine.number:
         machine.check_made_here(memory)
-    nbytes_multiplied = 1
+    nbytes_multiplied: float = 1
     for tensor in tensors:
         allocation = tensor.allocation
         if allocation.memory is not memory:
             machine.check_made_here(allocation.memory)
             raise mixed_devices(memory.device, tensor.device)
-        nbytes_multiplied *= allocation.nbytes
+        nbytes_multiplied *= allocation.spread
     if host_tensors:
         check_host_tensors(operator, memory.index, host_tensors, inner_args, inner_kwargs)
     if kwargs and "device" in kwargs:
@@ -61,9 +61,9 @@ def execute(operator: Operator, args: tuple, kwargs: dict) -> Any:
         memory = machine.memories[target]
     if operator.host_waits:
         check_has_numbers(operator.name)
-    if nbytes_multiplied > MAY_OUTGROW and operator.may_outgrow:
+    if nbytes_multiplied > operator.may_outgrow_from:
         inner_tensors = [tensor.held for tensor in tensors]
-        check_output(operator, inner_args, inner_kwargs, memory.index, inner_tensors)
+        check_output(operator, inner_args, inner_kwargs, memory, inner_tensors)
     try:
         if operator.is_random and inner_kwargs.get("generator") is None:
             with device_generator(memory.index):
@@ -75,7 +75,7 @@ def execute(operator: Operator, args: tuple, kwargs: dict) -> Any:
         else:  # the same in less time
             out = operator.run(*inner_args)
     except RuntimeError as error:
-        refuse_if_host_is_full(error, memory.index)
+        refuse_if_host_is_full(error, memory)
         raise
     return finish(operator, inner_args, inner_kwargs, memory, tensors, out)
 

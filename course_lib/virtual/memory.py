@@ -57,7 +57,8 @@ class Memory:
             self.tell_listeners()
         # Every new tensor comes by here. To set what it has takes half as long as an __init__.
         allocation = Allocation()
-        allocation.memory, allocation.nbytes = self, nbytes
+        allocation.memory = self
+        allocation.nbytes = allocation.spread = nbytes
         allocation.writer = allocation.accesses = allocation.storage = None
         return allocation
 
@@ -91,15 +92,17 @@ class Allocation:
 
     Attributes:
         memory, nbytes: where, and how much.
+        spread: as much, or infinity once a view of it has far more numbers, as an expanded one has.
         writer: the last operation that wrote it before there were side streams.
         accesses: who read and wrote which part of it lately, since there are (see ``hazards``).
         storage: what ``untyped_storage()`` gave last, if somebody keeps it (see ``storages``).
     """
 
-    __slots__ = ("__weakref__", "accesses", "memory", "nbytes", "storage", "writer")
+    __slots__ = ("__weakref__", "accesses", "memory", "nbytes", "spread", "storage", "writer")
 
     memory: Memory
     nbytes: int
+    spread: float
     writer: Ticket | None
     accesses: list[Access] | None
     storage: weakref.ref | None
@@ -113,6 +116,7 @@ class Allocation:
         """
         other = self.memory.allocate(nbytes)
         self.nbytes, other.nbytes = other.nbytes, self.nbytes  # and the other goes, with the old
+        self.spread = max(self.spread, nbytes)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise RuntimeError(

@@ -42,7 +42,14 @@ def _decompose(operator: Operator, args: tuple, kwargs: dict) -> Any:
     return operator.func.decompose(*args, **kwargs)
 
 
-_PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm}
+_OUTGROW = {
+    *(aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.convolution),
+    *(aten._cdist_forward, aten._euclidean_dist),
+    *(aten.embedding, aten.index, aten.index_select, aten.cat, aten.stack),
+}
+# Two tensors of 45 kB each are the least of which something large can come, in four bytes a number.
+_LEAST = 2_000_000_000
+_IF_SPREAD = 1 << 1000  # less than infinity; compared with another whole number it takes less time
 
 
 class Operator:
@@ -78,18 +85,17 @@ class Operator:
             and "unsafe" not in self.name
         )
         self.may_resize = any(argument.is_out for argument in schema.arguments)
-        self.is_product = func._overloadpacket in _PRODUCTS
-        # Far more may come out than goes in: of a product, or of numbers that are broadcast.
-        self.may_outgrow = self.is_product or (
-            torch.Tag.pointwise in func.tags and not self.is_mutable
-        )
+        self.is_pointwise = torch.Tag.pointwise in func.tags
+        # From how many bytes of all tensors, multiplied, far more may come out than goes in.
+        outgrows = func._overloadpacket in _OUTGROW or self.is_pointwise
+        self.may_outgrow_from = _LEAST if outgrows and self.returns_new else _IF_SPREAD
         self.is_random = torch.Tag.nondeterministic_seeded in func.tags
         # The host cannot go on without the number, or the shape.
         self.host_waits = torch.Tag.dynamic_output_shape in func.tags or (
             not self.is_mutable and not any("Tensor" in kind for kind in returned)
         )
         # Where a tensor without dimensions may be on the host, as a Python number would be.
-        self.takes_host_scalars = torch.Tag.pointwise in func.tags or (
+        self.takes_host_scalars = self.is_pointwise or (
             self.name.removesuffix("_") in _TAKES_HOST_SCALARS
             or self.name.startswith(("_foreach", "_fused"))
         )

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from functools import cache
 
 import torch
 from torch._prims_common import suggest_memory_format
 
-from course_lib.virtual.arguments import inner_of
+from course_lib.virtual.arguments import inner_of, target_of
 from course_lib.virtual.execution import execute, finish, follow_resized
 from course_lib.virtual.machine import machine
 from course_lib.virtual.operators import Operator, runs
+from course_lib.virtual.room import check_as_told, check_room, is_large, refuse_if_host_is_full
 from course_lib.virtual.tensor import VirtualTensor
 
 aten = torch.ops.aten
@@ -76,14 +78,58 @@ def _change_shape_in_place(operator: Operator, args: tuple, kwargs: dict) -> Vir
     return self
 
 
+@runs(aten.expand.default, aten.as_strided.default, aten.unfold.default)
+def _spread(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
+    """Views with more numbers than there is memory: operators on them may run out of it."""
+    view = execute(operator, args, kwargs)
+    if is_large(view.numel()) and view.nbytes > view.allocation.nbytes:
+        view.allocation.spread = math.inf
+    return view
+
+
+_UPSAMPLING = [name for name in dir(torch._C._nn) if re.fullmatch(r"_?upsample_\w+\dd(_aa)?", name)]
+
+
+@runs(
+    *(getattr(aten, name).default for name in _UPSAMPLING),
+    aten._adaptive_avg_pool2d.default,
+    aten._adaptive_avg_pool3d.default,
+    aten._pdist_forward.default,
+    aten.affine_grid_generator.default,
+    aten.constant_pad_nd.default,
+    aten.diag_embed.default,
+    aten.im2col.default,
+    aten.multinomial.default,
+    aten.new_empty.default,
+    aten.new_full.default,
+    aten.new_ones.default,
+    aten.new_zeros.default,
+    aten.repeat.default,
+    aten.replication_pad1d.default,
+    aten.replication_pad2d.default,
+    aten.replication_pad3d.default,
+)
+def _as_large_as_told(operator: Operator, args: tuple, kwargs: dict) -> torch.Tensor:
+    """Operators whose arguments say how much they return, however little they are given."""
+    target = target_of(kwargs.get("device"), args[0].device_index)
+    if target is not None:
+        check_as_told(operator, args, kwargs, machine.memories[target])
+    return execute(operator, args, kwargs)
+
+
 @runs(aten.resize_.default)
 def _resize(operator: Operator, args: tuple, kwargs: dict) -> VirtualTensor:
-    """``x.resize_(shape)``: the memory grows if it must, before anything is done."""
+    """``x.resize_(shape)``: refused before anything is done, if there is no room for it."""
     self, shape = args
     nbytes = (self.storage_offset() + math.prod(shape)) * self.element_size()
+    memory = self.allocation.memory
     if nbytes > self.allocation.nbytes:
-        self.allocation.resize(nbytes)
-    operator.run(self.held, shape, **kwargs)
+        check_room(nbytes, memory)
+    try:
+        operator.run(self.held, shape, **kwargs)
+    except RuntimeError as error:
+        refuse_if_host_is_full(error, memory)
+        raise
     follow_resized([self])
     return self
 
@@ -143,11 +189,14 @@ def _one_hot(operator: Operator, args: tuple, kwargs: dict) -> VirtualTensor:
 
     The host waits only if it must find out how many classes there are, as on CUDA.
     """
-    if len(args) == 2 and args[1] != -1:
+    tensor, classes = args if len(args) == 2 else (args[0], -1)
+    if classes != -1:
         operator = _without_waiting(operator)
     if machine.backing.type != "meta":
+        if classes == -1 and tensor.numel():
+            classes = int(inner_of(tensor).max()) + 1
+        check_as_told(operator, (tensor, classes), kwargs, tensor.allocation.memory)
         return execute(operator, args, kwargs)
-    tensor, classes = args
     return tensor.unsqueeze(-1).eq(torch.arange(classes, device=tensor.device)).long()
 
 

@@ -19,6 +19,7 @@ from torch.storage import TypedStorage, _StorageBase
 
 from course_lib.virtual.machine import DEVICE_TYPE
 from course_lib.virtual.memory import Allocation
+from course_lib.virtual.room import check_room, refuse_if_host_is_full
 
 # No two pieces of memory without numbers are nearer to each other than 1 MB.
 _ADDRESSES_APART = 1 << 16
@@ -72,8 +73,15 @@ class VirtualStorage(torch.UntypedStorage):
         Raises:
             torch.OutOfMemoryError: the device is full.
         """
+        memory = self.allocation.memory
+        if nbytes > self.allocation.nbytes:
+            check_room(nbytes, memory)
+        try:
+            self.held.resize_(nbytes)
+        except RuntimeError as error:
+            refuse_if_host_is_full(error, memory)
+            raise
         self.allocation.resize(nbytes)
-        self.held.resize_(nbytes)
         return self
 
     def as_bytes(self) -> torch.Tensor:
