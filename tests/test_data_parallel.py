@@ -544,6 +544,25 @@ def test_what_was_reduced_is_not_reduced_again(cleared: str, sizes) -> None:
     assert_same_gradients(replicas, others)
 
 
+def test_what_buckets_reduced_is_not_summed_again_without_them() -> None:
+    gpus = devices(3)
+    torch.manual_seed(1)
+    model, (batch,) = MLP(64, 32, 10), image_batches(8)
+    replicas = replicate(model, gpus)
+    buckets = GradientBuckets(replicas, 1000)
+    for _ in range(2):  # the second step begins anew
+        for replica in replicas:
+            replica.zero_grad()
+        backward(replicas, batch)
+        buckets.finish()
+        all_reduce_gradients(replicas)
+        assert_same_gradients(replicas, reduced_after_backward(model, gpus, batch))
+    with buckets.accumulate():
+        backward(replicas, batch)
+    with pytest.raises(RuntimeError, match="sum them once a step, after its last backward pass"):
+        all_reduce_gradients(replicas)
+
+
 def test_pieces_may_be_reduced_one_by_one_or_several_at_once() -> None:
     gpus = devices(2)
     torch.manual_seed(1)

@@ -8,6 +8,8 @@ from torch import nn
 
 import course_lib
 from course_lib.models import GPT, next_token_loss, parameter_count
+from course_lib.parallel.context_parallel import next_token_losses
+from course_lib.parallel.data_parallel import split_batch
 from course_lib.parallel.expert_gpt import ExpertGPT, ParallelExpertGPT
 
 V, T, WIDTH, HIDDEN, E = 11, 6, 8, 4, 4
@@ -57,6 +59,28 @@ def test_losses_and_all_gradients_are_those_of_one_device(count: int, nodes: int
         experts = [expert for own in layer.experts for expert in own]
         for expert, its in zip(experts, right.experts, strict=True):
             same(expert, its)
+
+
+def test_gradients_are_summed_once_and_one_more_backward_pass_is_refused():
+    gpt, (x, y) = a_gpt(), a_batch()
+    gpt.layers[1].router.requires_grad_(False)
+    gpus = course_lib.devices(4)
+    parallel = ParallelExpertGPT(gpt, gpus)
+    xs, ys = (split_batch(each, gpus) for each in (x, y))
+
+    def backward() -> None:
+        torch.autograd.backward(next_token_losses(parallel(xs)[0], ys))
+
+    backward()
+    parallel.reduce_gradients()
+    summed = [p.grad.clone() for p in parallel.parameters() if p.grad is not None]
+    parallel.reduce_gradients()
+    parallel.layers[0].reduce_gradients()
+    again = [p.grad for p in parallel.parameters() if p.grad is not None]
+    assert all(map(torch.equal, again, summed))
+    backward()
+    with pytest.raises(RuntimeError, match="sum them once a step, after its last backward pass"):
+        parallel.reduce_gradients()
 
 
 def test_each_device_trains_its_copies_and_its_experts_and_together_all():

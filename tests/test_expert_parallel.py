@@ -71,6 +71,21 @@ def test_outputs_and_gradients_are_those_of_one_gpu(
         )
 
 
+def test_routers_are_summed_once_and_frozen_ones_not_at_all():
+    moe, xs = layer(), inputs(4)
+    parallel, _ = on_gpus(moe, xs)
+    on_one_gpu(moe, xs)
+    parallel.reduce_gradients()
+    for router in parallel.routers:
+        torch.testing.assert_close(
+            router.score.weight.grad.cpu(), moe.router.score.weight.grad, rtol=1e-12, atol=1e-12
+        )
+    frozen = layer()
+    frozen.router.requires_grad_(False)
+    parallel, _ = on_gpus(frozen, xs)
+    assert all(router.score.weight.grad is None for router in parallel.routers)
+
+
 def test_a_full_expert_drops_what_comes_later_and_a_token_it_drops_is_zero():
     router = Router(D, 2, top_k=1, capacity_factor=1.0)
     with torch.no_grad():

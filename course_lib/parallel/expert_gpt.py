@@ -21,6 +21,7 @@ from course_lib.parallel.experts import MixtureOfExperts, combine, dispatch, run
 from course_lib.parallel.inputs import require_gpt, require_one_each
 from course_lib.parallel.kinds import Devices, Tensors
 from course_lib.parallel.node_collectives import hierarchical_all_reduce
+from course_lib.parallel.sums import are_sums, mark_as_sums
 
 
 class Rest(nn.Module):
@@ -146,7 +147,11 @@ class ParallelExpertGPT(nn.Module):
         return [p for each in (self.replicas[rank], *own) for p in each.parameters()]
 
     def reduce_gradients(self) -> None:
-        """Add up, in one row, the gradients of all that is replicated; experts need no such."""
+        """Add up, in one row, the gradients of all that is replicated; experts need no such.
+
+        Once after a backward pass; a second call changes nothing. Raises what
+        :func:`sum_in_one_row` does.
+        """
         layers: list[Any] = list(self.layers)
         routers = [[layer.routers[r] for layer in layers] for r in range(len(self.replicas))]
         sum_in_one_row([
@@ -160,9 +165,15 @@ def sum_in_one_row(replicas: Sequence[Sequence[nn.Parameter]]) -> None:
 
     Args:
         replicas: each one's parameters, in the same order.
+
+    Raises:
+        RuntimeError: a backward pass has added to gradients that were summed already.
     """
-    on_each = [[p.grad for p in own if p.grad is not None] for own in replicas]
+    copies = [[p.grad for p in each if p.grad is not None] for each in zip(*replicas, strict=True)]
+    on_each = list(zip(*(each for each in copies if each and not are_sums(each)), strict=True))
     rows = [nn.utils.parameters_to_vector(gradients) for gradients in on_each]
-    hierarchical_all_reduce(rows)
+    if rows:
+        hierarchical_all_reduce(rows)
     for gradients, row in zip(on_each, rows, strict=True):
         nn.utils.vector_to_parameters(row, gradients)
+        mark_as_sums(gradients)

@@ -19,6 +19,7 @@ from course_lib.parallel.collectives import ring_all_reduce
 from course_lib.parallel.experts import MixtureOfExperts, Routing, combine, dispatch, run_experts
 from course_lib.parallel.kinds import Devices, Tensors
 from course_lib.parallel.regions import exchange
+from course_lib.parallel.sums import are_sums, mark_as_sums
 
 
 class ExpertParallel(nn.Module):
@@ -90,9 +91,19 @@ class ExpertParallel(nn.Module):
 
     def reduce_gradients(self) -> None:
         """Add up the routers' gradients, as data parallelism does. Experts need no such thing: all
-        tokens that visited one are in its gradient."""
+        tokens that visited one are in its gradient.
+
+        Once after a backward pass; a second call changes nothing. Frozen routers have nothing to
+        add up.
+
+        Raises:
+            RuntimeError: a backward pass has added to gradients that were summed already.
+        """
         for parameters in zip(*[router.parameters() for router in self.routers], strict=True):
-            ring_all_reduce([p.grad for p in parameters if p.grad is not None])
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            if gradients and not are_sums(gradients):
+                ring_all_reduce(gradients)
+                mark_as_sums(gradients)
 
 
 def rows_by_expert(rows_NRD: Tensor, experts: int) -> tuple[Tensor, ...]:

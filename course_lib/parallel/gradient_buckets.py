@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from course_lib.hardware import current_stream, event
 from course_lib.parallel.collectives import ring_all_reduce
 from course_lib.parallel.data_parallel import parameter_copies
+from course_lib.parallel.sums import mark_as_sums
 from course_lib.parallel.transfers import SideStreams
 
 
@@ -124,6 +125,8 @@ class GradientBuckets:
                 bucket.put_missing()
                 self._reduce(bucket)
             bucket.expect_all(reduced=True)
+            for copies in bucket.group:
+                mark_as_sums([each.grad for each in copies if each.grad is not None])
         self._sides.join()
 
     def reset(self) -> None:

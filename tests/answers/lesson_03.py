@@ -476,11 +476,11 @@ class Unfinished:
         """Nothing."""
 
 
-@ACCUMULATE.wrong("more bytes crossed the links")
-def one_more_exchange_after_finish(replicas, buckets, microbatches, loss_function):
+@ACCUMULATE.right
+def one_more_sum_after_finish(replicas, buckets, microbatches, loss_function):
     parts = len(microbatches) * len(replicas)
     divided_by(parts, replicas, buckets, microbatches, loss_function)
-    all_reduce_gradients(replicas)
+    all_reduce_gradients(replicas)  # which are sums, and stay as they are
 
 
 @ACCUMULATE.wrong("nothing was exchanged", "its own shards")
