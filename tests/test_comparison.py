@@ -103,6 +103,14 @@ def test_two_steps_are_those_of_one_gpu(vgpus, optimizer, made, name: str, accum
 
 
 @each_method
+@pytest.mark.parametrize("accumulations", [1, 2])
+def test_a_batch_of_nothing_but_padding_has_no_loss(vgpus, name: str, accumulations: int) -> None:
+    tokens, targets = a_batch()
+    step = METHODS[name](a_gpt(), vgpus[:2], tokens, targets.fill_(-100), accumulations)
+    assert {loss.item() for loss in step()} == {0.0}
+
+
+@each_method
 def test_the_model_stays_as_it_is(vgpus, name: str) -> None:
     gpt, batch = a_gpt(), a_batch()
     before = copy.deepcopy(gpt)

@@ -20,6 +20,9 @@ from course_lib.parallel.data_parallel import (
     replicate,
     split_batch,
 )
+from course_lib.parallel.mesh import Mesh, MeshGPT
+from course_lib.parallel.pipeline import Pipeline
+from course_lib.parallel.schedules import gpipe
 
 
 def test_padding_does_not_count_and_an_example_of_numbers_counts_once() -> None:
@@ -29,6 +32,14 @@ def test_padding_does_not_count_and_an_example_of_numbers_counts_once() -> None:
     assert count_targets(torch.zeros(5, 7)) == 5  # regression, or class probabilities
     assert count_targets(torch.zeros(())) == 1
     assert count_targets(torch.zeros(0, 4, dtype=torch.int64)) == 0
+
+
+def test_padding_is_padding_in_every_kind_of_whole_numbers() -> None:
+    tokens = torch.tensor([3, 156, -100])  # 156 is -100 as a byte
+    for dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
+        assert count_targets(tokens.to(dtype)[[0, 2]]) == 1
+    assert count_targets(tokens[:2].to(torch.uint8)) == 2
+    assert count_targets(torch.tensor([True, False])) == 2
 
 
 def test_targets_without_numbers_all_count() -> None:
@@ -92,6 +103,26 @@ def test_padded_batches_have_the_gradient_of_one_gpu(count: int, passages: list[
     assert sum(each.item() for each in losses) == pytest.approx(loss.item(), abs=1e-6)
     for ours, theirs in zip(replicas[-1].parameters(), gpt.parameters(), strict=True):
         assert torch.allclose(ours.grad.cpu(), theirs.grad, atol=1e-6)
+
+
+def test_padded_targets_of_32_bits_have_the_loss_of_one_gpu() -> None:
+    torch.manual_seed(0)
+    gpt, gpus = GPT(11, context=8, width=16, heads=2, depth=2, tied=False), devices(4)
+    x, y = torch.randint(11, (2, 8, 8))
+    y[:2, 1:] = -100
+    right, y = next_token_loss(gpt(x), y).item(), y.int()
+
+    def loss(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return next_token_loss(scores, targets.long())
+
+    mesh = MeshGPT(gpt, Mesh(gpus, data=2, pipeline=1, tensor=2))
+    shards = split_batch(x, gpus), split_batch(y, gpus)
+    for losses in (
+        backward_on_shards(replicate(gpt, gpus), *shards, loss),
+        mesh.forward_backward(mesh.place(x, y, microbatches=2)),
+        Pipeline(gpt, gpus[:2], [2]).forward_backward(gpipe(2, 4), x, y, loss),
+    ):
+        assert sum(each.item() for each in losses) == pytest.approx(right, abs=1e-6)
 
 
 def test_accumulated_padded_pieces_have_the_gradient_of_the_whole() -> None:

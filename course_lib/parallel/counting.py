@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from course_lib.hardware import holds_numbers
@@ -54,10 +53,11 @@ def count_targets(targets: Tensor) -> int:
             f"the targets of a shard are one tensor, not a {type(targets).__name__}: what a mean "
             "loss counts is counted there"
         )
-    if targets.dtype == torch.int64 and holds_numbers(targets.device):
+    if targets.is_floating_point():
+        return len(targets) if targets.dim() else 1
+    # Bytes and booleans cannot be -100; as a byte it would be 156.
+    if targets.dtype.is_signed and holds_numbers(targets.device):
         return int((targets != IGNORED).sum())
-    if targets.is_floating_point() and targets.dim() > 0:
-        return len(targets)
     return targets.numel()
 
 

@@ -71,7 +71,7 @@ def context_parallel_step(
     gpt: GPT, devices: Devices, tokens: Tensor, targets: Tensor, accumulations: int
 ) -> Step:
     """Lesson 07: each device has a part of every sequence, and ring attention."""
-    model, total = ContextParallelGPT(gpt, devices), count_targets(targets)
+    model = ContextParallelGPT(gpt, devices)
     model.positions_of(tokens.shape[1], zigzag=True)  # on the devices, as all else, before the step
 
     def backward(xs: Tensors, ys: Tensors, share: float) -> list[Tensor]:
@@ -80,8 +80,8 @@ def context_parallel_step(
         return losses
 
     pieces = [
-        (*(split_sequence(each, devices, dimension=1) for each in (x, y)), count_targets(y) / total)
-        for x, y in _pieces(tokens, targets, accumulations)
+        (*(split_sequence(each, devices, dimension=1) for each in (x, y)), share)
+        for x, y, share in _weighted_pieces(tokens, targets, accumulations)
     ]
     return replicated_step(list(model.replicas), pieces, backward)
 
@@ -150,11 +150,11 @@ def tensor_parallel_step(
     gpt: GPT, devices: Devices, tokens: Tensor, targets: Tensor, accumulations: int
 ) -> Step:
     """Lessons 06 and 07: layers split by neurons and heads, the rest by sequence."""
-    model, total = ParallelGPT(gpt, devices, sequence_parallel=True), count_targets(targets)
+    model = ParallelGPT(gpt, devices, sequence_parallel=True)
     optimizer = adamw(model.parameters())
     pieces = [
-        (x.to(devices[0]), y.to(devices[0]), count_targets(y) / total)
-        for x, y in _pieces(tokens, targets, accumulations)
+        (x.to(devices[0]), y.to(devices[0]), share)
+        for x, y, share in _weighted_pieces(tokens, targets, accumulations)
     ]
 
     def step() -> list[Tensor]:
@@ -174,6 +174,14 @@ def tensor_parallel_step(
 def _pieces(tokens: Tensor, targets: Tensor, count: int) -> Iterable[tuple[Tensor, Tensor]]:
     count = max(1, min(count, len(tokens)))
     return zip(tokens.tensor_split(count), targets.tensor_split(count), strict=True)
+
+
+def _weighted_pieces(
+    tokens: Tensor, targets: Tensor, count: int
+) -> list[tuple[Tensor, Tensor, float]]:
+    """Pieces, each with its share of what the mean counts; of nothing but padding, with none."""
+    total = max(count_targets(targets), 1)
+    return [(x, y, count_targets(y) / total) for x, y in _pieces(tokens, targets, count)]
 
 
 def _shards(devices: Devices, tokens: Tensor, targets: Tensor, count: int) -> list[tuple]:
