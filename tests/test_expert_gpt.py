@@ -61,6 +61,25 @@ def test_losses_and_all_gradients_are_those_of_one_device(count: int, nodes: int
             same(expert, its)
 
 
+def test_padding_that_is_dealt_out_unevenly_does_not_count():
+    gpt, (x, y) = a_gpt(), a_batch()
+    y[:4, 1:] = -100
+    y[6:] = -100  # of four devices, the first two have little to count, and the last nothing
+    scores, balance = gpt(x, groups=4)
+    (next_token_loss(scores, y) + 0.01 * balance).backward()
+
+    gpus = course_lib.devices(4)
+    parallel = ParallelExpertGPT(gpt, gpus)
+    xs, ys = (split_batch(each, gpus) for each in (x, y))
+    all_scores, balances = parallel(xs)
+    losses = next_token_losses(all_scores, ys)
+    losses += [0.01 * balance / len(gpus) for balance in balances]
+    torch.autograd.backward(losses)
+    parallel.reduce_gradients()
+    for p, q in zip(parallel.replicas[3].parameters(), gpt.rest.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.cpu(), q.grad, rtol=1e-10, atol=1e-12)
+
+
 def test_gradients_are_summed_once_and_one_more_backward_pass_is_refused():
     gpt, (x, y) = a_gpt(), a_batch()
     gpt.layers[1].router.requires_grad_(False)

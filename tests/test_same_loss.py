@@ -61,12 +61,27 @@ def test_a_test_over_ranks_is_that_of_one_device(count: int, examples: int) -> N
     assert score.accuracy == pytest.approx((model(x).argmax(1) == y).float().mean().item())
 
 
+@pytest.mark.parametrize("shape", [(), (3,)], ids=["of examples", "of tokens"])
+def test_what_has_no_label_does_not_count_in_a_test(shape: tuple) -> None:
+    model = nn.Conv1d(6, 10, 1) if shape else nn.Linear(6, 10)
+    x, y = torch.randn(8, 6, *shape), torch.randint(10, (8, *shape))
+    y[:3] = -100  # the first shard has none, the second some
+    gpus = course_lib.devices(4)
+    score = evaluate(replicate(model, gpus), split_batch(x, gpus), split_batch(y, gpus))
+    assert score.loss == pytest.approx(F.cross_entropy(model(x), y).item(), abs=1e-5)
+    hits = (model(x).argmax(1) == y)[3:].float()
+    assert score.accuracy == pytest.approx(hits.mean().item())
+
+
 def test_a_test_that_cannot_be_is_refused_in_one_line() -> None:
     gpus = course_lib.devices(2)
     replicas = replicate(nn.Linear(6, 10), gpus)
     nothing = split_batch(torch.empty(0, 6), gpus), split_batch(torch.empty(0).long(), gpus)
+    unlabelled = torch.full((4,), -100)
     with pytest.raises(ValueError, match="no example"):
         evaluate(replicas, *nothing)
+    with pytest.raises(ValueError, match="or none with a label"):
+        evaluate(replicas, split_batch(torch.ones(4, 6), gpus), split_batch(unlabelled, gpus))
     with pytest.raises(ValueError, match="1 inputs and 2 labels for 2 replicas"):
         evaluate(replicas, nothing[0][:1], nothing[1])
 

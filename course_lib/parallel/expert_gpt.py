@@ -102,9 +102,15 @@ def _in_groups(moe: nn.Module, groups: Sequence[Tensor]) -> tuple[list[Tensor], 
 class ParallelExpertGPT(nn.Module):
     """The same on several devices: experts dealt out, all else replicated.
 
-        scores, balances = parallel(tokens)         # one a device, on it
-        torch.autograd.backward([(loss(...) + 0.01 * balance) / N for ...])
+        tokens, targets = (split_batch(each, devices) for each in batch)
+        scores, balances = parallel(tokens)               # one a device, on it
+        losses = next_token_losses(scores, targets)       # parts of the mean over all targets
+        losses += [0.01 * balance / len(devices) for balance in balances]
+        torch.autograd.backward(losses)
         parallel.reduce_gradients()
+
+    :func:`course_lib.parallel.context_parallel.next_token_losses` weighs each device by the targets
+    that count there: where one has more padding, a mean of the devices' means is another loss.
 
     Args:
         gpt: it stays as it is.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from course_lib.parallel.collectives import all_reduce
+from course_lib.parallel.counting import counts_of
 
 
 def epoch_order(examples: int, epoch: int, seed: int) -> Tensor:
@@ -53,7 +54,7 @@ def batch_indices(step: int, batch: int, examples: int, seed: int) -> Tensor:
 
 
 class Score(NamedTuple):
-    """What a test says of a model: means over all examples, each counted once."""
+    """What a test says of a model: means over all examples with a label, each counted once."""
 
     loss: float
     accuracy: float
@@ -65,28 +66,30 @@ def evaluate(
     """Loss and accuracy over the shards of all devices, uneven and empty ones included.
 
     Each device adds up its own examples; then three numbers are summed over the devices, the third
-    of which is how many examples there were. A mean of the devices' means would count an example of
-    a small shard for more than one of a large shard.
+    of which is how many labels there were; those that are ignored (-100) do not count. A mean of
+    the devices' means would count an example of a small shard for more than one of a large shard.
 
     Args:
         inputs, labels: one shard a replica, on its device, such as :func:`split_batch` makes.
 
     Raises:
-        ValueError: there is not one shard for each replica, or no example at all.
+        TypeError: the labels are a single tensor, or a shard of them is none.
+        ValueError: there is not one shard for each replica, or no example with a label at all.
     """
     if not len(replicas) == len(inputs) == len(labels):
         raise ValueError(
             f"{len(inputs)} inputs and {len(labels)} labels for {len(replicas)} replicas"
         )
-    if not any(len(each) for each in labels):
-        raise ValueError("there is no example to evaluate on")
+    counts = counts_of(labels)
+    if not any(counts):
+        raise ValueError("there is no example to evaluate on, or none with a label")
     sums = []
     with torch.no_grad():
-        for replica, x, y in zip(replicas, inputs, labels, strict=True):
+        for replica, x, y, labelled in zip(replicas, inputs, labels, counts, strict=True):
             scores = replica(x) if len(y) else x.new_zeros(0, 1)
             loss = F.cross_entropy(scores, y, reduction="sum") if len(y) else x.new_zeros(())
             hits = (scores.argmax(1) == y).sum() if len(y) else x.new_zeros(())
-            count = torch.full_like(loss, len(y))
+            count = torch.full_like(loss, labelled)
             sums.append(torch.stack([loss, hits.to(loss.dtype), count]))
         all_reduce(sums)
     loss_sum, hit_sum, count_sum = sums[0].tolist()
