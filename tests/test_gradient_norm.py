@@ -21,6 +21,7 @@ from course_lib.parallel.data_parallel import (
     replicate,
     split_batch,
 )
+from course_lib.parallel.expert_gpt import ExpertGPT, ParallelExpertGPT
 from course_lib.parallel.gradient_norm import clip_gradients
 from course_lib.parallel.mesh import Mesh, MeshGPT
 from course_lib.parallel.pipeline import Pipeline
@@ -106,6 +107,26 @@ def test_a_model_made_of_replicas_may_be_given_as_it_is(vgpus, batch) -> None:
     torch.autograd.backward(next_token_losses(long(tokens), targets))
     all_reduce_gradients(long.replicas)
     assert_clipped(long.replicas[3], clip_gradients(long, MAX_NORM), gpt, batch)
+
+
+def test_experts_count_all_and_the_rest_and_the_routers_once(vgpus, batch) -> None:
+    gpt = ExpertGPT(a_gpt(), hidden=8, experts=4).double()
+    alone = copy.deepcopy(gpt)
+    next_token_loss(alone(batch[0], groups=4)[0], batch[1]).backward()
+    right = nn.utils.clip_grad_norm_(alone.parameters(), MAX_NORM).item()
+    assert right > 2 * MAX_NORM
+    parallel = ParallelExpertGPT(gpt, vgpus)
+    tokens, targets = (split_batch(each, vgpus) for each in batch)
+    torch.autograd.backward(next_token_losses(parallel(tokens)[0], targets))
+    parallel.reduce_gradients()
+    norm = clip_gradients(parallel, MAX_NORM)
+    assert norm.item() == pytest.approx(right, abs=1e-12)
+    assert clip_gradients(parallel, 1e9).item() == pytest.approx(MAX_NORM, rel=1e-4)
+    expected = alone.rest, *alone.layers[1].experts
+    ours = parallel.replicas[3], *(expert for own in parallel.layers[1].experts for expert in own)
+    for one, other in zip(ours, expected, strict=True):
+        for p, q in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p.grad.cpu(), q.grad, rtol=0, atol=1e-12)
 
 
 def test_small_gradients_stay_as_they_are(vgpus) -> None:

@@ -6,7 +6,7 @@ that of the model's gradient: what is split counts with all of its parts, and wh
 once. ``torch.nn.utils.clip_grad_norm_`` does this on one device, and would count every copy.
 
 To be called after backward, when the gradients are complete: behind ``all_reduce_gradients``,
-``GradientBuckets.finish`` or ``all_reduce_partial_gradients``.
+``GradientBuckets.finish``, ``all_reduce_partial_gradients`` or the ``reduce_gradients`` of experts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from course_lib.parallel.expert_parallel import ExpertParallel
 from course_lib.parallel.kinds import Tensors
 from course_lib.parallel.split_parameter import Shards
 
@@ -25,9 +26,9 @@ def clip_gradients(model: nn.Module | Sequence[nn.Module], max_norm: float) -> T
     """Scale all gradients of ``model`` so that their true norm is at most ``max_norm``.
 
     Args:
-        model: on one device or on several: a pipeline, a model of tensor parallelism. Replicas,
-            whose gradients are equal, are a list, or a model that has them in ``replicas``: on a
-            mesh, or in context parallelism.
+        model: on one device or on several: a pipeline, a model of tensor parallelism, experts.
+            Replicas, whose gradients are equal, are a list, or a model that has them in
+            ``replicas``: on a mesh, in context parallelism, or around experts.
 
     Returns:
         The norm before, a scalar on the first gradient's device. Reading it makes the host wait.
@@ -35,27 +36,25 @@ def clip_gradients(model: nn.Module | Sequence[nn.Module], max_norm: float) -> T
     Raises:
         ValueError: no parameter has a gradient, or ``max_norm`` is not positive.
     """
-    replicas = _replicas_of(model)
-    gradients = [p.grad for each in replicas for p in each.parameters() if p.grad is not None]
-    counted = _gradients_counted_once(replicas[0]) if replicas else []
-    return clip_together(counted, gradients, max_norm)
+    if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList):
+        model = [model]
+    models = nn.ModuleList(model)
+    copies = _copies_of_others(models)
+    gradients = {p: p.grad for p in models.parameters() if p.grad is not None}
+    counted = [gradient for p, gradient in gradients.items() if p not in copies]
+    return clip_together(counted, list(gradients.values()), max_norm)
 
 
-def _replicas_of(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
-    inside = getattr(model, "replicas", model)
-    if isinstance(inside, nn.Module) and not isinstance(inside, nn.ModuleList):
-        inside = [inside]
-    return list(inside)
-
-
-def _gradients_counted_once(model: nn.Module) -> list[Tensor]:
-    copied = [s for s in model.modules() if isinstance(s, Shards) and s.dimension is None]
-    further_copies = {part for shards in copied for part in list(shards)[1:]}
-    return [
-        parameter.grad
-        for parameter in model.parameters()
-        if parameter.grad is not None and parameter not in further_copies
-    ]
+def _copies_of_others(replicas: nn.ModuleList) -> set[nn.Parameter]:
+    """What is a copy of a parameter that stands before it."""
+    equal = [replicas, *(getattr(replica, "replicas", nn.ModuleList()) for replica in replicas)]
+    copies: set[nn.Parameter] = set()
+    for module in replicas.modules():
+        if isinstance(module, ExpertParallel):
+            equal.append(module.routers)
+        if isinstance(module, Shards) and module.dimension is None:
+            copies.update(list(module)[1:])
+    return copies.union(*(further.parameters() for row in equal for further in list(row)[1:]))
 
 
 def clip_together(counted: Tensors, gradients: Tensors, max_norm: float) -> Tensor:
