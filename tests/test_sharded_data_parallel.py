@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from functools import cache, partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -505,3 +506,7 @@ def test_devices_may_be_strings(vgpus) -> None:
     sharded = Sharded(an_mlp(), ["vgpu:0", "vgpu:1"], 3, torch.float64)
     train(sharded, image_batches(8), F.cross_entropy)
     assert sharded.devices == vgpus[:2]
+
+
+def test_the_bytes_of_a_step_are_told_of_numpys_whole_numbers_too():
+    assert bytes_a_step(np.int64(3), np.int64(4), np.int64(100)) == bytes_a_step(3, 4, 100) == 225

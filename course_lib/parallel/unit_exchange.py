@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -145,12 +146,9 @@ def bytes_a_step(stage: int, device_count: int, nbytes: int, groups: int = 1) ->
 
 
 def _require_stage(stage: int, device_count: int, groups: int = 1, nbytes: float = 0) -> None:
-    if (
-        {type(stage), type(device_count), type(groups)} != {int}  # True is an int, and no stage
-        or stage not in range(4)
-        or min(device_count, groups) < 1
-        or not nbytes >= 0
-    ):
+    counts = (stage, device_count, groups)
+    are_whole = all(isinstance(each, Integral) and not isinstance(each, bool) for each in counts)
+    if not are_whole or stage not in range(4) or min(device_count, groups) < 1 or not nbytes >= 0:
         raise ValueError(
             "stages are 0 to 3, of one device or more in one group or more, for 0 bytes or more: "
             f"stage {stage!r} of {device_count!r} devices in {groups!r} groups, {nbytes!r} bytes"
