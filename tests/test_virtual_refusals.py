@@ -62,12 +62,13 @@ def test_a_hook_on_the_right_device_changes_the_gradient():
 
 class _Moves(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, factor):
+    def forward(ctx, x, factor, where="vgpu:1"):
+        ctx.where = where
         return x * factor
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient.to("vgpu:1"), None
+        return gradient.to(ctx.where), None, None
 
 
 class _Each(torch.autograd.Function):
@@ -91,9 +92,20 @@ def test_a_function_may_take_what_is_no_tensor_before_its_tensors():
 def test_a_function_whose_backward_leaves_the_device_is_refused():
     with pytest.raises(RuntimeError, match=f"_MovesBackward returned an {INVALID}"):
         _Moves.apply(_leaf(), 2.0).sum().backward()
+    with pytest.raises(RuntimeError, match="invalid gradient at index 0 .* but got cpu"):
+        _Moves.apply(_leaf(), 2.0, "cpu").sum().backward()
+    with pytest.raises(RuntimeError, match="expected device cpu but got vgpu:1"):
+        _Moves.apply(_leaf("cpu"), 2.0).sum().backward()
     x = _leaf("vgpu:1")
     _Moves.apply(x, 2.0).sum().backward()
     assert x.grad.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("where", ["vgpu:1", "cpu"])
+def test_one_number_from_the_backward_of_a_function_moves_to_its_tensor_as_on_cuda(where: str):
+    x = torch.tensor(5.0, device="vgpu:0", requires_grad=True)
+    _Moves.apply(x, 2.0, where).backward()
+    assert (x.grad.device, x.grad.item()) == (x.device, 1)
 
 
 # Tensors of two devices in one operator.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.autograd.function import BackwardCFunction
 
+from course_lib.virtual.machine import DEVICE_TYPE
 from course_lib.virtual.tensor import VirtualTensor
 
 
@@ -25,7 +26,7 @@ def prepare() -> None:
 
     def apply_checked(self: Any, *args: Any) -> Any:
         gradients = run_backward(self, *args)
-        each = gradients if isinstance(gradients, tuple) else (gradients,)
+        each = list(gradients) if isinstance(gradients, tuple) else [gradients]
         # Gradients are counted over all inputs, next functions over those that are tensors: the
         # two meet in the inputs that need a gradient.
         nodes = iter([following for following in self.next_functions if following[0] is not None])
@@ -35,10 +36,12 @@ def prepare() -> None:
             if not is_needed:
                 continue
             node, place = next(nodes)
-            if isinstance(gradient, VirtualTensor):
+            if isinstance(gradient, torch.Tensor):
                 expected = node._input_metadata[place].device
-                check(gradient, expected, index, f"Function {self.name()} returned an ")
-        return gradients
+                if DEVICE_TYPE in (gradient.device.type, expected.type):
+                    whose = f"Function {self.name()} returned an "
+                    each[index] = _there(gradient, expected, index, whose)
+        return tuple(each)
 
     def register_checked(self: torch.Tensor, hook: Any) -> Any:
         device = self.device
@@ -64,17 +67,20 @@ def check_roots(tensors: tuple, gradients: tuple) -> tuple:
     """
     checked = []
     for index, (tensor, gradient) in enumerate(zip(tensors, gradients, strict=True)):
-        is_elsewhere = (
-            isinstance(tensor, torch.Tensor)
-            and isinstance(gradient, torch.Tensor)
-            and gradient.device != tensor.device
-        )
-        if is_elsewhere and gradient.dim() == 0:
-            gradient = gradient.to(tensor.device)
-        elif is_elsewhere:
-            check(gradient, tensor.device, index)
+        if isinstance(tensor, torch.Tensor) and isinstance(gradient, torch.Tensor):
+            gradient = _there(gradient, tensor.device, index)
         checked.append(gradient)
     return tuple(checked)
+
+
+def _there(
+    gradient: torch.Tensor, device: torch.device, index: int, whose: str = ""
+) -> torch.Tensor:
+    """``gradient`` on ``device``: one number is moved, as by CUDA's engine; all else is checked."""
+    if gradient.device != device and gradient.dim() == 0:
+        return gradient.to(device)
+    check(gradient, device, index, whose)
+    return gradient
 
 
 def check(gradient: torch.Tensor, device: torch.device, index: int, whose: str = "") -> None:
