@@ -450,6 +450,34 @@ def test_default_streams_need_no_waits(gpus: Devices):
     assert hazards_of(program) == []
 
 
+@pytest.mark.parametrize("where", ["vgpu:0", "vgpu:1"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x, where: x.new_ones(2, device=where),
+        lambda x, where: x.new_zeros(2, device=where),
+        lambda x, where: x.new_full((2,), 3.0, device=where),
+        lambda x, where: torch.zeros_like(x, device=where),
+        lambda x, where: torch.ones_like(x, device=where),
+        lambda x, where: torch.full_like(x, 3.0, device=where),
+        lambda x, where: torch.randn_like(x, device=where),
+    ],
+    ids=["new_ones", "new_zeros", "new_full", "zeros_like", "ones_like", "full_like", "randn_like"],
+)
+def test_a_tensor_that_lends_its_form_alone_is_not_read(gpus: Devices, make, where: str):
+    side = course_lib.side_stream(where)
+
+    def program():
+        x = matrix(gpus[0])
+        with side:
+            made = make(x, where)
+        x.add_(1)
+        with side:
+            made.add_(1)
+
+    assert hazards_of(program) == []
+
+
 def test_a_strict_trace_raises_at_the_first_missing_wait(gpus: Devices):
     x = matrix(gpus[0])
     said = pytest.raises(StreamHazard, match="add on vgpu:0 stream 1 reads")

@@ -63,13 +63,18 @@ _FORMULAS = {
 }
 
 
+def reads_nothing(func: torch._ops.OpOverload) -> bool:
+    """Whether ``func`` looks at the form of its tensors alone, and not at their numbers."""
+    return func._overloadpacket in _READS_NOTHING
+
+
 def bytes_formula(func: torch._ops.OpOverload) -> Callable[[list, list], int]:
     """How many bytes a call of ``func`` reads from and writes to the device's memory.
 
     The formula takes the virtual tensors among the operator's arguments, and those that it wrote.
     """
     packet = func._overloadpacket
-    if packet in _READS_NOTHING:
+    if reads_nothing(func):
         return lambda inputs, written: _read_and_written([], written)
     if packet in _GATHERS:  # reads the rows that are picked, and the indices that pick them
         return lambda inputs, written: _read_and_written(inputs[1:], [*written, *written])

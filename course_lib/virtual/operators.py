@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from course_lib.virtual.cost import bytes_formula, flops_formula, runs_nothing
+from course_lib.virtual.cost import bytes_formula, flops_formula, reads_nothing, runs_nothing
 
 aten = torch.ops.aten
 
@@ -66,6 +66,7 @@ class Operator:
         )
         self.name: str = func._opname
         self.runs_nothing = runs_nothing(func)
+        self.reads_nothing = reads_nothing(func)
         self.flops = flops_formula(func)
         self.bytes_moved = bytes_formula(func)
         self.is_mutable: bool = schema.is_mutable
