@@ -107,6 +107,36 @@ def test_a_device_without_an_index_is_the_current_one(make: Callable[[], torch.T
 
 
 @pytest.mark.parametrize(
+    "make",
+    [
+        torch.ones,
+        torch.tensor,
+        torch.as_tensor,
+        torch.asarray,
+        lambda _: torch.get_default_device(),
+    ],
+    ids=["ones", "tensor", "as_tensor", "asarray", "get_default_device"],
+)
+def test_a_default_device_without_an_index_is_the_current_one(make: Callable):
+    def where() -> torch.device:
+        made = make((1, 2))
+        return made if isinstance(made, torch.device) else made.device
+
+    with torch.device("vgpu"):
+        for index in (2, 3):
+            with torch.vgpu.device(index):
+                assert str(where()) == f"vgpu:{index}"
+    torch.set_default_device("vgpu")
+    try:
+        with torch.vgpu.device(1):
+            assert str(where()) == "vgpu:1"
+    finally:
+        torch.set_default_device(None)
+    with torch.device("vgpu:1"), torch.vgpu.device(2):
+        assert str(where()) == "vgpu:1"
+
+
+@pytest.mark.parametrize(
     "export", [torch.from_dlpack, np.from_dlpack, lambda x: torch.utils.dlpack.to_dlpack(x)]
 )
 def test_dlpack_is_refused_in_one_line(export: Callable):

@@ -92,7 +92,7 @@ def test_a_function_may_take_what_is_no_tensor_before_its_tensors():
 def test_a_function_whose_backward_leaves_the_device_is_refused():
     with pytest.raises(RuntimeError, match=f"_MovesBackward returned an {INVALID}"):
         _Moves.apply(_leaf(), 2.0).sum().backward()
-    with pytest.raises(RuntimeError, match="invalid gradient at index 0 .* but got cpu"):
+    with pytest.raises(RuntimeError, match=r"invalid gradient at index 0 .* but got cpu"):
         _Moves.apply(_leaf(), 2.0, "cpu").sum().backward()
     with pytest.raises(RuntimeError, match="expected device cpu but got vgpu:1"):
         _Moves.apply(_leaf("cpu"), 2.0).sum().backward()

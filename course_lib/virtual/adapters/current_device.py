@@ -11,7 +11,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch.utils._device import _device_constructors
+from torch.utils._device import DeviceContext, _device_constructors
 
 from course_lib.virtual.machine import DEVICE_TYPE
 from course_lib.virtual.tensor import device_of, index_of
@@ -25,6 +25,16 @@ def prepare() -> None:
     torch.tensor = _known_to_torchscript(_with_index(torch.tensor), torch.tensor)
     torch.as_tensor = _known_to_torchscript(_with_index(torch.as_tensor), torch.as_tensor)
     torch.asarray = _with_index(torch.asarray)
+    DeviceContext.device = property(_device_now, _keep)  # type: ignore[assignment]  # an attribute
+
+
+def _device_now(self: DeviceContext) -> torch.device:
+    """What ``with torch.device("vgpu")`` and ``torch.set_default_device`` mean at this moment."""
+    return _current_if_unnamed(vars(self)["device"])
+
+
+def _keep(self: DeviceContext, device: torch.device) -> None:
+    vars(self)["device"] = device  # where those are, too, that were made before
 
 
 def _known_to_torchscript(function: Callable, original: Callable) -> Callable:
