@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from functools import cache, partial
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -450,6 +451,69 @@ def test_an_optimizer_that_sorts_parameters_by_itself_is_refused(vgpus) -> None:
 
     with pytest.raises(ValueError, match="sort them by options_of"):
         Sharded(an_mlp(), vgpus[:2], 1, torch.float32, make_optimizer)
+
+
+def by_dimensions(groups):
+    for group in groups:
+        group["weight_decay"] = 0.1 if group["params"][0].dim() >= 2 else 0.0
+    return torch.optim.AdamW(groups)
+
+
+def by_size(groups):
+    return torch.optim.AdamW([{**g, "lr": 1 / g["params"][0].numel()} for g in groups])
+
+
+@pytest.mark.parametrize("make_optimizer", [by_dimensions, by_size])
+def test_an_optimizer_whose_options_depend_on_shapes_is_refused(vgpus, make_optimizer) -> None:
+    with pytest.raises(ValueError, match="none: choose them by options_of") as error:
+        Sharded(an_mlp(), vgpus[:2], 1, torch.float64, make_optimizer)
+    assert "\n" not in str(error.value)
+
+
+def test_an_optimizer_that_computes_with_rows_and_columns_is_refused(vgpus) -> None:
+    with pytest.raises(ValueError, match="Adafactor computes with the rows and columns") as error:
+        Sharded(an_mlp(), vgpus[:2], 1, torch.float64, torch.optim.Adafactor)
+    assert "\n" not in str(error.value)
+
+
+SGD = torch.optim.SGD
+OPTIMIZERS = {
+    "AdamW": ADAMW,
+    "AdamW with amsgrad": partial(ADAMW, amsgrad=True),
+    "SGD": SGD,
+    "SGD with momentum": partial(SGD, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize(("saved", "loading"), list(permutations(OPTIMIZERS, 2)))
+def test_a_state_of_another_optimizer_is_refused_and_nothing_moves(
+    vgpus, saved: str, loading: str
+) -> None:
+    first = Sharded(an_mlp(), vgpus[:2], 1, torch.float64, OPTIMIZERS[saved])
+    train(first, image_batches(8), F.cross_entropy)
+    second = Sharded(an_mlp(), vgpus[:3], 3, torch.float64, OPTIMIZERS[loading])
+    if saved != "SGD":  # which keeps nothing
+        with pytest.raises(ValueError, match="the state of another optimizer, which keeps") as said:
+            second.load_state_dict(first.state_dict())
+        assert "\n" not in str(said.value)
+        assert largest_difference(second.to_model(), an_mlp()) == 0
+    second.load_state_dict({**first.state_dict(), "optimizer": {}})  # as the line says to do
+    assert largest_difference(second.to_model(), first.to_model()) == 0
+    train(second, image_batches(8), F.cross_entropy)
+
+
+@pytest.mark.parametrize(
+    "name", ["Adadelta", "Adagrad", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop"]
+)
+def test_training_goes_on_with_whatever_treats_each_number_by_itself(vgpus, name: str) -> None:
+    make_optimizer, batches = getattr(torch.optim, name), image_batches(12, 8)
+    first = Sharded(an_mlp(), vgpus[:2], 1, torch.float64, make_optimizer)
+    train(first, batches[:1], F.cross_entropy)
+    second = Sharded(an_mlp(), vgpus[:3], 3, torch.float64, make_optimizer)
+    second.load_state_dict(first.state_dict())
+    train(second, batches[1:], F.cross_entropy)
+    expected = lesson_02(an_mlp(), vgpus[:2], batches, F.cross_entropy, make_optimizer)
+    assert largest_difference(second.to_model(), expected) < 1e-9
 
 
 def test_a_saved_state_is_a_copy(vgpus) -> None:

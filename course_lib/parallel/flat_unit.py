@@ -8,7 +8,7 @@ Data Parallel", 2023); FSDP2 shards each parameter along its first dimension ins
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -17,13 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from course_lib.hardware import event
-from course_lib.parallel.kinds import Devices
-
-# Makes an optimizer for parameter groups, dictionaries as all of PyTorch's optimizers take them.
-MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-
-# What a parameter's group says beside "params", given its name in the model and the parameter.
-OptionsOf = Callable[[str, nn.Parameter], dict[str, Any]]
+from course_lib.parallel.kinds import Devices, MakeOptimizer, OptionsOf
 
 
 class FlatUnit:

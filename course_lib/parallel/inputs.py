@@ -5,14 +5,14 @@ What is wrong is said before any work is done. PyTorch's own words are kept wher
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from course_lib.models import GPT
-from course_lib.parallel.kinds import Tensors
+from course_lib.parallel.kinds import MakeOptimizer, OptionsOf, Tensors
 
 
 def require_devices(devices: Iterable[torch.device | str]) -> list[torch.device]:
@@ -59,6 +59,40 @@ def require_one_tensor(output: Any) -> Tensor:
             "the layer that makes it and the one that takes it into one nn.Sequential"
         )
     return output
+
+
+def require_elementwise(
+    make_optimizer: MakeOptimizer, options_of: OptionsOf | None, model: nn.Module
+) -> None:
+    """Refuse an optimizer to which the shapes of parameters matter, which have none in a row.
+
+    Args:
+        model: on the device "meta", so that nothing is allocated.
+
+    Raises:
+        ValueError: ``make_optimizer`` chooses options by shapes, or the optimizer computes by them.
+    """
+
+    def make(of_shape: Callable[[Tensor], Tensor]) -> torch.optim.Optimizer:
+        return make_optimizer(
+            [
+                {"params": [of_shape(p.detach())], **(options_of(name, p) if options_of else {})}
+                for name, p in model.named_parameters()
+            ]
+        )
+
+    made = make(lambda parameter: parameter), make(lambda parameter: parameter.flatten()[:1])
+    by_shape, in_a_row = ([{**g, "params": None} for g in each.param_groups] for each in made)
+    if by_shape != in_a_row:
+        raise ValueError(
+            "make_optimizer chooses options by the shapes of parameters, and in a row they have "
+            "none: choose them by options_of"
+        )
+    if isinstance(made[0], torch.optim.Adafactor):
+        raise ValueError(
+            "Adafactor computes with the rows and columns of a parameter, and here it would get "
+            "stretches of rows: take an optimizer that treats each number by itself, such as AdamW"
+        )
 
 
 def require_gpt(model: nn.Module) -> None:

@@ -21,16 +21,14 @@ from torch import Tensor, nn
 from course_lib.parallel.counting import counts_of, part_of_mean, total_count
 from course_lib.parallel.flat_unit import (
     FlatUnit,
-    MakeOptimizer,
     Master,
-    OptionsOf,
     require_shardable,
     split_into_units,
     with_next,
 )
 from course_lib.parallel.gradient_norm import clip_together
-from course_lib.parallel.inputs import require_devices, require_one_tensor
-from course_lib.parallel.kinds import Devices, Loss, Tensors
+from course_lib.parallel.inputs import require_devices, require_elementwise, require_one_tensor
+from course_lib.parallel.kinds import Devices, Loss, MakeOptimizer, OptionsOf, Tensors
 from course_lib.parallel.sharded_state import gather_state, scatter_state
 from course_lib.parallel.unit_exchange import UnitExchange
 
@@ -67,7 +65,8 @@ class Sharded:
 
     Raises:
         ValueError: ``model`` is not sequential or has what it may not have, there is no such
-            stage, no such dtype or no device, or ``make_optimizer`` makes groups of its own.
+            stage, no such dtype or no device, or ``make_optimizer`` makes groups of its own,
+            chooses options by shapes or does not treat each number by itself.
     """
 
     def __init__(
@@ -84,11 +83,13 @@ class Sharded:
         devices, reduce_dtype = require_devices(devices), reduce_dtype or dtype
         require_shardable(model, stage, dtype, reduce_dtype)
         self.devices, self.stage, self.dtype = devices, stage, dtype
+        self._make_optimizer = make_optimizer
         self.master_dtype = torch.promote_types(dtype, torch.float32)
         self._exchange = UnitExchange(devices, stage, dtype, reduce_dtype, prefetch)
         self._accumulates = False
         self.units: list[FlatUnit] = []
         self._empty_model = copy.deepcopy(model).to("meta")  # what to compute, without numbers
+        require_elementwise(make_optimizer, options_of, self._empty_model)
         values = dict(model.named_parameters())
         names = iter(values)
         for layers in split_into_units(self._empty_model):
@@ -250,9 +251,9 @@ class Sharded:
         """Go on from what :meth:`state_dict` returned, on these devices and at this stage.
 
         Raises:
-            ValueError: it is the state of a model with other parameters.
+            ValueError: it is the state of a model with other parameters, or of another optimizer.
         """
         self._exchange.join()
-        scatter_state(state, self.units, self._exchange.cut)
+        scatter_state(state, self.units, self._exchange.cut, self._make_optimizer)
         for unit in self.units:
             self._exchange.put_parameters(unit)

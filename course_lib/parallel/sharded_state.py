@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from course_lib.parallel.flat_unit import FlatUnit
+from course_lib.parallel.kinds import MakeOptimizer
 
 # Cuts a row into each device's part of it.
 Cut = Callable[[Tensor], Sequence[Tensor]]
@@ -40,11 +41,14 @@ def gather_state(units: Sequence[FlatUnit], is_sharded: bool) -> dict[str, Any]:
     return {"parameters": parameters, "optimizer": optimizer}
 
 
-def scatter_state(state: dict[str, Any], units: Sequence[FlatUnit], cut: Cut) -> None:
+def scatter_state(
+    state: dict[str, Any], units: Sequence[FlatUnit], cut: Cut, make_optimizer: MakeOptimizer
+) -> None:
     """Put what :func:`gather_state` returned into the master weights and optimizers of ``units``.
 
     Raises:
-        ValueError: it is the state of a model with other parameters, or is no such state.
+        ValueError: it is the state of a model with other parameters, or of another optimizer, or is
+            no such state.
     """
     if set(state) != {"parameters", "optimizer"}:
         raise ValueError(
@@ -56,6 +60,12 @@ def scatter_state(state: dict[str, Any], units: Sequence[FlatUnit], cut: Cut) ->
     if ours != theirs:
         odd = sorted(n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n))
         raise ValueError(f"this is the state of another model, which differs in {odd}")
+    kept, wanted = set(state["optimizer"]), _keys_of_state(units, make_optimizer)
+    if kept and kept != wanted:  # before its first step an optimizer has none
+        raise ValueError(
+            f"this is the state of another optimizer, which keeps {sorted(kept)}, and this one "
+            f"{sorted(wanted)}: make the same, or give {{**state, 'optimizer': {{}}}} to start anew"
+        )
     for unit in units:
         parts = cut(unit.row_of(state["parameters"]))
         for master, part in zip(unit.masters, parts, strict=True):
@@ -64,6 +74,22 @@ def scatter_state(state: dict[str, Any], units: Sequence[FlatUnit], cut: Cut) ->
             values = cut(unit.row_of(value)) if isinstance(value, dict) else [value] * len(parts)
             for master, its_value in zip(unit.masters, values, strict=True):
                 master.load(key, its_value)
+
+
+def _keys_of_state(units: Sequence[FlatUnit], make_optimizer: MakeOptimizer) -> set[str]:
+    """What the optimizers keep once they have made a step, tried on no numbers at all."""
+    made = [master.optimizer for unit in units for master in unit.masters]
+    groups = [
+        {**group, "params": [piece[:0] for piece in group["params"]]}
+        for optimizer in made
+        for group in optimizer.param_groups
+    ]
+    trial = make_optimizer(groups)
+    for group in trial.param_groups:
+        for piece in group["params"]:
+            piece.grad = piece.clone()
+    trial.step()
+    return {key for kept in trial.state.values() for key in kept}
 
 
 def _is_by_number(value: object) -> bool:
