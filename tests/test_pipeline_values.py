@@ -192,32 +192,104 @@ def test_microbatches_of_another_number_are_refused(gpus: Devices) -> None:
         pipeline.forward_backward(gpipe(2, 2), x.float(), counted, F.cross_entropy)
 
 
-# BatchNorm.
+# Statistics, and other buffers that change.
 
 
-def normed() -> nn.Sequential:
+def batch_norm() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
 
 
+def instance_norm(keeps: bool = True) -> nn.Sequential:
+    norm = nn.InstanceNorm1d(2, track_running_stats=keeps)
+    rows = nn.Unflatten(1, (2, 2))
+    return nn.Sequential(nn.Linear(4, 4), nn.Sequential(rows, norm, nn.Flatten()), nn.Linear(4, 4))
+
+
 @pytest.mark.parametrize(("microbatches", "recompute"), [(2, False), (1, True)])
-def test_batch_norm_is_refused_where_it_would_see_other_than_the_batch_once(
-    gpus: Devices, microbatches: int, recompute: bool
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (batch_norm, r"^stages\.0\.1 is of type BatchNorm1d, .*use LayerNorm"),
+        (instance_norm, r"^stages\.0\.1\.1 is of type InstanceNorm1d, .*use LayerNorm"),
+    ],
+)
+def test_statistics_are_refused_where_they_would_be_other_than_the_batchs_once(
+    gpus: Devices, model, said: str, microbatches: int, recompute: bool
 ) -> None:
-    pipeline = Pipeline(normed(), gpus[:2], [2])
+    pipeline = Pipeline(model(), gpus[:2], [2])
     x, y = digits()
-    with pytest.raises(ValueError, match=r"^stages\.0\.1 is a BatchNorm, .*use LayerNorm") as said:
+    with pytest.raises(ValueError, match=said) as error:
         schedule = gpipe(2, microbatches)
         pipeline.forward_backward(schedule, x.float(), y, F.cross_entropy, recompute)
-    assert "\n" not in str(said.value)
+    assert "\n" not in str(error.value)
     assert all(parameter.grad is None for parameter in pipeline.parameters())
 
 
-def test_batch_norm_is_right_with_one_microbatch_or_with_fixed_statistics(gpus: Devices) -> None:
+@pytest.mark.parametrize("model", [batch_norm, instance_norm])
+def test_statistics_are_right_with_one_microbatch_or_if_they_are_fixed(
+    gpus: Devices, model
+) -> None:
     torch.manual_seed(0)
-    require_gradients_of_one_gpu(normed(), gpus, [2], gpipe(2, 1), digits())
-    model = normed()
-    model[1].eval()
-    require_gradients_of_one_gpu(model, gpus, [2], gpipe(2, 3), digits())
+    require_gradients_of_one_gpu(model(), gpus, [2], gpipe(2, 1), digits())
+    fixed = model()
+    fixed[1].eval()
+    require_gradients_of_one_gpu(fixed, gpus, [2], gpipe(2, 3), digits(), recompute=True)
+
+
+@recomputing
+def test_an_instance_norm_without_statistics_looks_at_one_example(
+    gpus: Devices, recompute: bool
+) -> None:
+    torch.manual_seed(0)
+    model = instance_norm(keeps=False)
+    require_gradients_of_one_gpu(model, gpus, [2], gpipe(2, 3), digits(), recompute=recompute)
+
+
+class RunningMean(nn.Module):
+    """With a statistic of its own, changed in place or made anew."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        now = x.mean(0).detach()
+        self.mean = self.mean.lerp_(now, 0.1) if self.in_place else self.mean.lerp(now, 0.1)
+        return x - self.mean
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_buffers_that_recomputation_would_change_twice_are_refused(
+    gpus: Devices, in_place: bool
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), RunningMean(in_place), nn.Linear(4, 4))
+    require_gradients_of_one_gpu(copy.deepcopy(model), gpus, [2], gpipe(2, 1), digits())
+    pipeline = Pipeline(model, gpus[:2], [2])
+    x, y = digits()
+    with pytest.raises(ValueError, match=r"changes its buffers \['1.mean'\] in forward") as error:
+        pipeline.forward_backward(gpipe(2, 1), x.float(), y, F.cross_entropy, recompute=True)
+    assert "\n" not in str(error.value)
+
+
+class Remembering(nn.Module):
+    """A buffer made at first use, such as a table of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.arange(4.0, dtype=x.dtype, device=x.device)
+        return x * self.table
+
+
+def test_a_buffer_that_is_made_once_may_be_recomputed_with(gpus: Devices) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), Remembering(), nn.Linear(4, 4))
+    require_gradients_of_one_gpu(model, gpus, [2], gpipe(2, 3), digits(), recompute=True)
 
 
 # Devices by name, and schedules that name others.

@@ -5,7 +5,8 @@ What is wrong is said before any work is done. PyTorch's own words are kept wher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -92,6 +93,27 @@ def require_elementwise(
         raise ValueError(
             "Adafactor computes with the rows and columns of a parameter, and here it would get "
             "stretches of rows: take an optimizer that treats each number by itself, such as AdamW"
+        )
+
+
+@contextmanager
+def unchanged_buffers(module: nn.Module) -> Iterator[None]:
+    """Refuse a ``module`` that changes its buffers in this block, which runs it a second time.
+
+    Raises:
+        ValueError: it does.
+    """
+
+    def state() -> dict[str, tuple[int, int]]:
+        return {name: (id(buffer), buffer._version) for name, buffer in module.named_buffers()}
+
+    before = state()
+    yield
+    changed = sorted({name for name, _ in state().items() ^ before.items()})
+    if changed:
+        raise ValueError(
+            f"a stage changes its buffers {changed} in forward, and so twice when that is computed "
+            "again: give recompute=False"
         )
 
 

@@ -15,9 +15,11 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from course_lib.parallel.counting import CountedShards, part_of_mean
+from course_lib.parallel.inputs import unchanged_buffers
 from course_lib.parallel.kinds import Loss
 from course_lib.parallel.layer_parallel import LayerParallel
 from course_lib.parallel.schedule_rules import Schedule, check, in_order
@@ -67,12 +69,14 @@ class Pipeline(LayerParallel):
 
         Raises:
             ValueError: the schedule is illegal or is not for these stages, there are fewer examples
-                than microbatches or other than targets, or a BatchNorm would see microbatches.
+                than microbatches or other than targets, a BatchNorm (or an InstanceNorm that keeps
+                statistics) would see microbatches, or a stage changes its buffers when recomputed.
             TypeError: a stage hands on something that is neither a tensor nor a tuple of tensors.
         """
         check(schedule)
         self._check_same_placement(schedule)
-        self._check_no_batch_norm(schedule, recompute)
+        if schedule.microbatches > 1 or recompute:
+            self._check_no_statistics()
         if not isinstance(targets, CountedShards):
             targets = microbatches_of(targets, schedule.microbatches, self.devices[-1])
         _check_examples(len(inputs), [len(each) for each in targets], schedule.microbatches)
@@ -93,16 +97,15 @@ class Pipeline(LayerParallel):
                 f"{[str(device) for device in there]}: cut the model and repeat the devices alike"
             )
 
-    def _check_no_batch_norm(self, schedule: Schedule, recompute: bool) -> None:
-        if schedule.microbatches == 1 and not recompute:
-            return
+    def _check_no_statistics(self) -> None:
         for name, module in self.named_modules():
-            if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-                continue
-            if module.training or module.running_mean is None:
+            keeps_mean = isinstance(module, _NormBase) and module.running_mean is not None
+            # A mean that is kept may be fixed; without one, InstanceNorm looks at one example.
+            if module.training if keeps_mean else isinstance(module, _BatchNorm):
                 raise ValueError(
-                    f"{name} is a BatchNorm, whose statistics would be those of a microbatch, and "
-                    "counted twice if recomputed: use LayerNorm or GroupNorm, or call its eval()"
+                    f"{name} is of type {type(module).__name__}, whose statistics would be those "
+                    "of a microbatch, and counted twice if recomputed: use LayerNorm or GroupNorm, "
+                    "or call its eval()"
                 )
 
 
@@ -188,7 +191,10 @@ class _Run:
         gradients = [None] if stage == self.last else self.receive("B", stage, microbatch)
         if self.recompute:  # with the random state of the first time, for dropout to drop the same
             device = self.devices[stage]
-            with torch.random.fork_rng([device], device_type=device.type):
+            with (
+                unchanged_buffers(self.stages[stage]),
+                torch.random.fork_rng([device], device_type=device.type),
+            ):
                 torch.get_device_module(device).set_rng_state(rng_state, device)
                 out = self.run_stage(stage, microbatch, x)
         # An output may need no gradient, and the stage after may not use it; the loss starts alone.
