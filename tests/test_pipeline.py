@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 import course_lib
 from course_lib.models import GPT, MLP, next_token_loss
+from course_lib.parallel.gradient_buckets import GradientBuckets
 from course_lib.parallel.pipeline import Pipeline
 from course_lib.parallel.proof import largest_difference
 from course_lib.parallel.schedule_chart import bubble, draw, step_times
@@ -695,6 +697,35 @@ def test_zero_bubble_tells_hooks_of_a_gradient_when_it_is_there(gpus: Devices):
         assert len(told) == 2  # once a microbatch
         assert torch.equal(told[-1], parameter.grad)
     seen.clear()  # a hook that knows its own parameter would keep it alive
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_zero_bubble_in_data_parallel_sums_in_buckets_what_it_put_off(
+    gpus: Devices, microbatches: int
+):
+    torch.manual_seed(0)
+    model, x, y = MLP(8, 16, 16, 4).double(), torch.randn(6, 8).double(), torch.randint(4, (6,))
+    replicas = [Pipeline(copy.deepcopy(model), pair, [2]) for pair in (gpus[:2], gpus[2:])]
+    stages = zip(*(replica.stages for replica in replicas), strict=True)
+    buckets = [GradientBuckets(copies, bucket_bytes=100) for copies in stages]
+    with course_lib.trace(strict=True):
+        with ExitStack() as several:  # microbatches, whose gradients add up before they are summed
+            for each in buckets if microbatches > 1 else ():
+                several.enter_context(each.accumulate())
+            for replica, rows in zip(replicas, (slice(2), slice(2, 6)), strict=True):
+                share = len(x[rows]) / len(x)
+                replica.forward_backward(
+                    zero_bubble(2, min(microbatches, len(x[rows]))),
+                    x[rows],
+                    y[rows],
+                    lambda outputs, targets, share=share: share * F.cross_entropy(outputs, targets),
+                )
+        for each in buckets:
+            each.finish()
+    F.cross_entropy(model(x), y).backward()
+    for replica in replicas:
+        for ours, theirs in zip(replica.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad.cpu(), theirs.grad, rtol=1e-12, atol=1e-14)
 
 
 def test_a_hook_that_changes_a_gradient_is_heard():
