@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import warnings
 
 import pytest
@@ -598,6 +600,10 @@ READS = {
     "__add__": lambda x: x + 1,
     "sum": lambda x: x.t().sum(),
     "cat": lambda x: torch.cat([torch.ones(2, 2), x]),
+    "pickle": pickle.dumps,
+    "save": lambda x: torch.save({"x": x}, io.BytesIO()),
+    "to another GPU": lambda x: x.to("vgpu:1"),
+    "to another GPU, not waiting": lambda x: x.to("vgpu:1", non_blocking=True),
 }
 
 
@@ -614,6 +620,25 @@ def test_what_the_host_reads_before_it_arrived_is_reported(gpus: Devices, name: 
     assert [each[:1] + each[2:] for each in reports_of(program)] == [(first, False)]
     assert reports_of(program)[0][1][1] == "the host"
     assert len(torch.overrides._get_current_function_mode_stack()) == 0
+
+
+@pytest.mark.parametrize("side_stream", [False, True])
+def test_what_is_sent_on_before_it_arrived_is_reported(gpus: Devices, side_stream: bool):
+    x, page = torch.ones(4, device=gpus[0]), torch.ones(4).pin_memory()
+    there = gpus[0] if side_stream else gpus[1]
+    stream = course_lib.side_stream(there) if side_stream else course_lib.current_stream(there)
+
+    def program(waits: bool) -> None:
+        page.copy_(x, non_blocking=True)
+        if waits:
+            stream.wait_stream(course_lib.current_stream(gpus[0]))
+        with stream:
+            page.to(there, non_blocking=True)
+
+    ((first, second, writes),) = reports_of(lambda: program(False))
+    assert (first[1], second, writes) == ("vgpu:0 default stream", ("copy", "the host"), False)
+    course_lib.synchronize()
+    assert reports_of(lambda: program(True)) == []
 
 
 def test_the_report_says_which_wait_is_missing(gpus: Devices):
@@ -635,8 +660,10 @@ def test_the_report_says_which_wait_is_missing(gpus: Devices):
         lambda page: page.__setitem__(0, 1.0),
         lambda page: page[2:].add_(1),
         lambda page: torch.add(page, 1, out=page),
+        lambda page: torch._foreach_add_([torch.ones(4), page], 1),
+        lambda page: page.copy_(torch.ones(4, device="vgpu:0"), non_blocking=True),
     ],
-    ids=["zero_", "setitem", "view", "out"],
+    ids=["zero_", "setitem", "view", "out", "foreach", "from another GPU"],
 )
 def test_what_the_host_overwrites_while_it_is_sent_is_reported(gpus: Devices, write):
     page = torch.ones(4).pin_memory()
@@ -683,10 +710,16 @@ def test_reading_what_is_sent_and_looking_at_a_form_are_no_hazards(gpus: Devices
     def program() -> None:
         page.to(gpus[0], non_blocking=True)
         assert page.tolist() == [1, 1, 1, 1]  # both may read
+        page.to(gpus[1], non_blocking=True)
+        torch._foreach_add([page], 1)
         arrived = x.to("cpu", non_blocking=True)
         assert (arrived.shape, arrived.numel(), len(arrived)) == ((2, 2), 4, 2)
         arrived.view(4)[1:]
+        torch.zeros_like(arrived)
+        arrived.new_ones(2, device=gpus[1])
         arrived.to(gpus[0], non_blocking=True)  # in the order of its stream
+        course_lib.current_stream(gpus[1]).wait_stream(course_lib.current_stream(gpus[0]))
+        arrived.to(gpus[1], non_blocking=True)
         x.cpu().sum()
 
     assert reports_of(program) == []

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from course_lib.virtual import pinned, storages
+from course_lib.virtual import host_copies, pinned, storages
 from course_lib.virtual.adapters import (
     accelerator,
     amp,
@@ -99,6 +99,7 @@ def register() -> list[torch.library.Library]:
     accelerator.prepare()
     compiler.prepare()
     storages.prepare()
+    host_copies.prepare()
     data_attribute.prepare()
     current_device.prepare()
     generator_class.prepare()

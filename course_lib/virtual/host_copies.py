@@ -8,7 +8,8 @@ there otherwise, and costs nothing.
 
 It does not see what NumPy does with an array that shares the memory, nor what other threads do.
 
-Rests on ``torch.overrides._push_mode``, ``_pop_mode`` and ``_len_torch_function_stack``.
+Rests on ``torch.overrides._push_mode``, ``_pop_mode`` and ``_len_torch_function_stack``, and on
+``torch.Tensor._reduce_ex_internal``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from torch import overrides
 
 from course_lib.virtual import hazards
 from course_lib.virtual.clock import Clock
+from course_lib.virtual.machine import DEVICE_TYPE
 from course_lib.virtual.streams import Ticket
 
 
@@ -43,6 +46,15 @@ class Flight:
         stream, number, _ = self.ticket
         clock = stream.clock
         return not clock.in_use or clock.seen_by_host.get(stream, 0) >= number
+
+    def is_before_work_of(self, devices: set[torch.device]) -> bool:
+        """Whether a device among these touches the memory, and not before this copy is done."""
+        current = self.ticket[0].clock.current
+        others = [device for device in devices if device.type != "cpu"]
+        return bool(others) and all(
+            device.type != DEVICE_TYPE or current[device.index].is_after(self.ticket)
+            for device in others
+        )
 
 
 class _Watch(overrides.TorchFunctionMode):
@@ -86,7 +98,10 @@ def watch(clock: Clock, ticket: Ticket, on_host: torch.Tensor, writes_host: bool
     """Report what the host does with ``on_host`` before it has waited for the copy ``ticket``."""
     flight = Flight(ticket, writes_host)
     storage: Any = on_host.untyped_storage()
+    earlier = _flight_of(storage)
     storage.vgpu_flight = flight
+    if earlier and (writes_host or earlier.writes_host) and not ticket[0].is_after(earlier.ticket):
+        hazards.report_host(earlier.ticket, earlier.writes_host, on_host, "copy", writes_host)
     mode = _threads.watch = _threads.watch or _Watch()
     mode.flights.append(flight)
     if not mode.is_looking:
@@ -94,6 +109,20 @@ def watch(clock: Clock, ticket: Ticket, on_host: torch.Tensor, writes_host: bool
         above = _pop_modes_above(mode)
         _push_modes([*above, mode])
     clock.after_host_waited = mode.end_if_all_are_over
+
+
+def prepare() -> None:
+    """See who pickles a tensor, as ``torch.save`` does: no mode is asked. To be called once."""
+    tensor_class: Any = torch.Tensor
+    reduce = tensor_class._reduce_ex_internal
+
+    @wraps(reduce)
+    def reduce_watched(self: torch.Tensor, protocol: Any) -> Any:
+        if _threads.watch is not None:
+            _look(torch.Tensor.__reduce_ex__, (self,), {}, None)
+        return reduce(self, protocol)
+
+    tensor_class._reduce_ex_internal = reduce_watched
 
 
 def _pop_modes_above(mode: _Watch) -> list[Any]:
@@ -116,21 +145,29 @@ def _look(func: Callable, args: tuple, kwargs: dict, result: Any) -> None:
     """Report ``func`` if it read or wrote, on the host, memory of a copy on its way."""
     name = func.__name__
     tensors = list(_tensors((args, tuple(kwargs.values()))))
-    everything = [*tensors, *_tensors(result)]
-    if name in _HARMLESS or any(tensor.device.type != "cpu" for tensor in everything):
-        return  # no numbers are touched; or a device touches them, in the order of its stream
+    if _is_harmless(name):
+        return  # no numbers are touched
+    devices = {tensor.device for tensor in (*tensors, *_tensors(result))}
+    changed = [kwargs.get("out"), args[0] if args and _is_in_place(name) else None]
+    written = {id(tensor) for tensor in _tensors(changed)}
     for tensor in tensors:
         storage: Any = tensor.untyped_storage()
-        flight = getattr(storage, "vgpu_flight", None)
-        if flight is None or flight.is_over():
+        flight = _flight_of(storage)
+        if flight is None or flight.is_before_work_of(devices):
             continue
-        writes = tensor is kwargs.get("out") or (tensor is args[0] and _is_in_place(name))
+        writes = id(tensor) in written
         is_view = not writes and any(
             other.untyped_storage()._cdata == storage._cdata for other in _tensors(result)
         )
         if writes or (flight.writes_host and not is_view):
             storage.vgpu_flight = None  # said once
             hazards.report_host(flight.ticket, flight.writes_host, tensor, name, writes)
+
+
+def _flight_of(storage: Any) -> Flight | None:
+    """The copy that is on its way to or from this memory of the host."""
+    flight = getattr(storage, "vgpu_flight", None)
+    return None if flight is None or flight.is_over() else flight
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -141,6 +178,11 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
+
+
+def _is_harmless(name: str) -> bool:
+    is_form = name.startswith("new_") and name != "new_tensor"
+    return is_form or name.endswith("_like") or name in _HARMLESS
 
 
 def _is_in_place(name: str) -> bool:
@@ -155,6 +197,6 @@ _IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in _ASSIGNMENTS)}
 _HARMLESS = {
     *("__get__", "__set__", "__delete__", "__len__", "__hash__", "size", "dim", "numel"),
     *("nelement", "stride", "storage_offset", "element_size", "data_ptr", "untyped_storage"),
-    *("is_pinned", "is_contiguous", "is_floating_point", "is_complex", "get_device"),
+    *("is_pinned", "is_shared", "is_contiguous", "is_floating_point", "is_complex", "get_device"),
     *("requires_grad_", "register_hook"),
 }
