@@ -398,7 +398,7 @@ def test_the_accelerators_streams_are_the_courses(vgpus: Devices):
         assert torch.accelerator.current_device_index() == 1
         torch.accelerator.set_stream(default)
         assert torch.vgpu.current_stream(1) is torch.vgpu.default_stream(1) is default
-    with pytest.raises(TypeError, match=r"course_lib\.stream"):
+    with pytest.raises(TypeError, match=r"course_lib\.side_stream"):
         torch.accelerator.set_stream("stream 1")
 
 
