@@ -465,7 +465,7 @@ def test_a_single_tensor_in_place_of_a_list_is_refused() -> None:
 def test_parts_for_other_devices_are_refused() -> None:
     gpus = devices(3)
     parallel = ContextParallelGPT(small_gpt(), gpus)
-    with pytest.raises(ValueError, match="2 parts of tokens for 3 devices"):
+    with pytest.raises(ValueError, match="on 3 devices, and was given 2 tensors"):
         parallel(split_sequence(torch.zeros(1, 8, dtype=torch.int64), gpus[:2], 1))
 
 

@@ -147,7 +147,7 @@ def test_experts_that_do_not_divide_are_refused_in_one_line():
 
 def test_inputs_that_do_not_fit_are_refused_in_one_line():
     parallel = ExpertParallel(layer(), course_lib.devices(2))
-    with pytest.raises(ValueError, match="1 inputs for 2 devices"):
+    with pytest.raises(ValueError, match="on 2 devices, and was given 1 tensors"):
         parallel(inputs(1))
     with pytest.raises(ValueError, match=r"as many tokens as the others, not \[12, 5\]"):
         parallel([inputs(1)[0], inputs(1)[0][:5]])

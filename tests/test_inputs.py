@@ -13,15 +13,20 @@ from course_lib.models import GPT, MLP
 from course_lib.parallel.collectives import all_gather, reduce_scatter
 from course_lib.parallel.context_parallel import (
     ContextParallelGPT,
+    join_sequence,
     next_token_losses,
     split_sequence,
 )
 from course_lib.parallel.data_parallel import backward_on_shards, replicate, split_batch
 from course_lib.parallel.dropout import dropout_of_parts
+from course_lib.parallel.expert_parallel import ExpertParallel
+from course_lib.parallel.experts import MixtureOfExperts
 from course_lib.parallel.gradient_buckets import GradientBuckets
 from course_lib.parallel.layer_parallel import LayerParallel, balanced_cuts
+from course_lib.parallel.local_training import LocalTraining
 from course_lib.parallel.mesh import Mesh, MeshGPT
 from course_lib.parallel.pipeline import Pipeline, microbatches_of
+from course_lib.parallel.sampling import evaluate
 from course_lib.parallel.schedule_chart import step_times
 from course_lib.parallel.schedules import gpipe
 from course_lib.parallel.seeds import seed_ranks
@@ -33,6 +38,7 @@ from course_lib.parallel.tensor_parallel import (
     ParallelMLP,
     RowLinear,
 )
+from course_lib.parallel.ulysses import ulysses_attention
 from course_lib.parallel.unit_exchange import bytes_a_parameter, bytes_a_step
 from course_lib.parallel.vocabulary import vocabulary_cross_entropy
 
@@ -158,6 +164,71 @@ BATCHES: dict[str, tuple[type[Exception], str, Callable[[Gpus], object]]] = {
         lambda d: GradientBuckets(replicate(MLP(4, 4), d), "25MB"),
     ),
 }
+
+
+ROWS = torch.ones(4, 8)  # as many rows as there are devices
+
+
+TAKE_A_LIST: dict[str, tuple[str, Callable[[Gpus], object]]] = {
+    "inputs of replicas": (
+        "inputs are a list with one tensor a replica",
+        lambda d: backward_on_shards(replicate(MLP(8, 4), d), ROWS, on(d, 1), F.cross_entropy),
+    ),
+    "targets of replicas": (
+        "targets are a list",
+        lambda d: backward_on_shards(replicate(MLP(8, 4), d), on(d, 1, 8), ROWS, F.cross_entropy),
+    ),
+    "a test": ("inputs are a list", lambda d: evaluate(replicate(MLP(8, 4), d), ROWS, on(d, 1))),
+    "local training": (
+        "targets are a list",
+        lambda d: LocalTraining(replicate(MLP(8, 4), d), torch.optim.SGD, 1).step(
+            on(d, 1, 8), ROWS, F.cross_entropy
+        ),
+    ),
+    "sharded": (
+        "this model takes a list",
+        lambda d: Sharded(MLP(8, 4), d, 1).backward(ROWS, on(d, 1), F.cross_entropy),
+    ),
+    "context": ("this GPT takes a list", lambda d: ContextParallelGPT(gpt(), d)(TOKENS)),
+    "its scores": (
+        "the loss takes a list",
+        lambda d: next_token_losses(torch.ones(4, 1, 8, 11), split_sequence(TOKENS, d, 1)),
+    ),
+    "joining": ("join_sequence takes a list", lambda d: join_sequence(TOKENS, 1)),
+    "ulysses": (
+        "Ulysses takes a list",
+        lambda d: ulysses_attention(*[torch.ones(4, 4, 8, 4)] * 3, causal=True),
+    ),
+    "a norm": ("this layer takes a list", lambda d: CopiedNorm(nn.LayerNorm(8), d)(ROWS)),
+    "experts": (
+        "this layer takes a list",
+        lambda d: ExpertParallel(MixtureOfExperts(8, 8, 4), d)(torch.ones(4, 2, 8)),
+    ),
+}
+
+
+@pytest.mark.parametrize(("match", "use"), TAKE_A_LIST.values(), ids=TAKE_A_LIST)
+def test_a_single_tensor_is_not_taken_for_its_rows(vgpus: Gpus, match: str, use: Callable) -> None:
+    check_refused(TypeError, f"{match}.*not a single tensor", use, vgpus)
+
+
+TAKE_TENSORS: dict[str, Callable[[Gpus], object]] = {
+    "a pipeline": lambda d: Pipeline(MLP(8, 8, 4), d[:2], [2]).forward_backward(
+        gpipe(2, 2), {"x": ROWS, "mask": ROWS}, TOKENS[:, 0], F.cross_entropy
+    ),
+    "sharded inputs": lambda d: Sharded(MLP(8, 4), d, 1).backward(
+        [{"x": x} for x in on(d, 1, 8)], on(d, 1), F.cross_entropy
+    ),
+    "sharded targets": lambda d: Sharded(MLP(8, 4), d, 1).backward(
+        on(d, 1, 8), [{"y": y} for y in on(d, 1)], F.cross_entropy
+    ),
+    "a sequence": lambda d: split_sequence({"x": TOKENS}, d, 1),
+}
+
+
+@pytest.mark.parametrize("use", TAKE_TENSORS.values(), ids=TAKE_TENSORS)
+def test_a_dictionary_in_place_of_a_tensor_is_refused(vgpus: Gpus, use: Callable) -> None:
+    check_refused(TypeError, "one tensor, and not a dict", use, vgpus)
 
 
 @pytest.mark.parametrize(("error", "match", "use"), BATCHES.values(), ids=BATCHES)

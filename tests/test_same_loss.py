@@ -82,7 +82,7 @@ def test_a_test_that_cannot_be_is_refused_in_one_line() -> None:
         evaluate(replicas, *nothing)
     with pytest.raises(ValueError, match="or none with a label"):
         evaluate(replicas, split_batch(torch.ones(4, 6), gpus), split_batch(unlabelled, gpus))
-    with pytest.raises(ValueError, match="1 inputs and 2 labels for 2 replicas"):
+    with pytest.raises(ValueError, match="2 replicas need as many of each: there are 1 inputs, 2"):
         evaluate(replicas, nothing[0][:1], nothing[1])
 
 

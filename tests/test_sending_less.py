@@ -210,7 +210,7 @@ def test_bad_input_is_refused_in_one_line():
     with pytest.raises(ValueError, match="period=0"):
         LocalTraining(replicate(a_model(), gpus), sgd, period=0)
     local = LocalTraining(replicate(a_model(), gpus), sgd, period=1)
-    with pytest.raises(ValueError, match="1 inputs and 2 targets for 2 replicas"):
+    with pytest.raises(ValueError, match="2 replicas need as many of each: there are 1 inputs, 2"):
         local.step([torch.ones(1)], [torch.ones(1)] * 2, F.cross_entropy)
 
 

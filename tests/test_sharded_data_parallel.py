@@ -281,7 +281,7 @@ def test_a_shard_is_needed_for_every_device(vgpus) -> None:
         Sharded(an_mlp(), [], 1)
     sharded = Sharded(an_mlp(), vgpus[:2], 1)
     x, y = image_batches(4)[0]
-    with pytest.raises(ValueError, match=r"2 devices need .* 3 inputs"):
+    with pytest.raises(ValueError, match="on 2 devices, and was given 3 tensors"):
         sharded.train_step(split_batch(x, vgpus[:3]), split_batch(y, vgpus[:2]), F.cross_entropy)
     with pytest.raises(ValueError, match="one example at least"):
         sharded.train_step(*[split_batch(part[:0], vgpus[:2]) for part in (x, y)], F.cross_entropy)

@@ -20,7 +20,12 @@ from course_lib.parallel.attention_ring import ring_attention
 from course_lib.parallel.counting import counts_of, part_of_mean
 from course_lib.parallel.data_parallel import replicate
 from course_lib.parallel.dropout import dropout_of_parts
-from course_lib.parallel.inputs import require_devices, require_gpt
+from course_lib.parallel.inputs import (
+    require_devices,
+    require_gpt,
+    require_one_each,
+    require_tensor,
+)
 from course_lib.parallel.kinds import Devices, Tensors
 from course_lib.parallel.sequence_order import SequenceParts, order_of, positions, require_order
 
@@ -31,10 +36,11 @@ def split_sequence(
     """Each device's tokens, those at its :func:`positions` along ``dimension``.
 
     Raises:
-        TypeError: ``devices`` is one device and no list.
+        TypeError: the sequence is no tensor, or ``devices`` is one device and no list.
         ValueError: there are none, or the sequence does not divide into equal chunks.
     """
     devices = require_devices(devices)
+    require_tensor(whole, "a sequence to split is")
     length, count = whole.shape[dimension], len(devices)
     orders = [positions(length, count, rank, zigzag).to(whole.device) for rank in range(count)]
     parts = [whole.index_select(dimension, own) for own in orders]
@@ -45,8 +51,10 @@ def join_sequence(parts: Tensors, dimension: int, zigzag: bool = True) -> Tensor
     """The whole, on the host, of what :func:`split_sequence` cut.
 
     Raises:
+        TypeError: the parts are a single tensor.
         ValueError: the parts were cut in the other order.
     """
+    require_one_each(parts, len(parts), "join_sequence")
     require_order(parts, zigzag)
     together = torch.cat([part.cpu() for part in parts], dimension)
     length, count = together.shape[dimension], len(parts)
@@ -89,10 +97,10 @@ class ContextParallelGPT(nn.Module):
                 order they are cut are taken to be in zigzag order.
 
         Raises:
+            TypeError: the tokens are a single tensor.
             ValueError: there is not one part for each device, or more tokens than it can read.
         """
-        if len(tokens_BT) != len(self.devices):
-            raise ValueError(f"{len(tokens_BT)} parts of tokens for {len(self.devices)} devices")
+        require_one_each(tokens_BT, len(self.devices), "this GPT")
         zigzag = order_of(tokens_BT)
         own = self.positions_of(len(self.devices) * tokens_BT[0].shape[1], zigzag)
         embeddings, *layers, heads = zip(*self.replicas, strict=True)
@@ -151,10 +159,12 @@ def next_token_losses(scores_BTV: Tensors, targets_BT: Tensors) -> list[Tensor]:
         targets_BT: of :func:`split_sequence`, which has counted them; the host waits for others.
 
     Raises:
-        ValueError: the targets were split in another order than the tokens.
+        TypeError: scores or targets are a single tensor.
+        ValueError: there are not as many of both, or the targets were split in another order.
     """
     require_order(targets_BT, order_of(scores_BTV))
     counts = counts_of(targets_BT)
+    require_one_each(scores_BTV, len(counts), "the loss")
     return [
         part_of_mean(next_token_loss, scores, targets, count, sum(counts))
         for scores, targets, count in zip(scores_BTV, targets_BT, counts, strict=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from course_lib.parallel.collectives import all_reduce
 from course_lib.parallel.counting import CountedShards, counts_of, part_of_mean, total_count
-from course_lib.parallel.inputs import require_devices
+from course_lib.parallel.inputs import require_devices, require_one_a_replica
 from course_lib.parallel.kinds import Devices, Loss, Tensors
 from course_lib.parallel.sums import are_sums, mark_as_sums
 
@@ -89,11 +89,11 @@ def backward_on_shards(
         wait, so read them after all the work has been enqueued.
 
     Raises:
-        TypeError: the targets of a shard are no tensor.
+        TypeError: inputs or targets are a single tensor, or the targets of a shard are none.
         ValueError: there is not one shard of each for every replica, or ``batch_size`` is less
             than what these shards count.
     """
-    _require_one_a_replica(replicas, inputs=inputs, targets=targets)
+    require_one_a_replica(replicas, inputs=inputs, targets=targets)
     counts = counts_of(targets)
     total = total_count(counts, batch_size)
     losses = []
@@ -157,10 +157,11 @@ def train_step(
     """One step of data-parallel training; returns each shard's part of the mean loss.
 
     Raises:
+        TypeError: what :func:`backward_on_shards` refuses so.
         ValueError: there is not one optimizer and one shard of each for every replica, or an
             optimizer has parameters that are not its replica's.
     """
-    _require_one_a_replica(replicas, optimizers=optimizers, inputs=inputs, targets=targets)
+    require_one_a_replica(replicas, optimizers=optimizers, inputs=inputs, targets=targets)
     for rank, (replica, optimizer) in enumerate(zip(replicas, optimizers, strict=True)):
         _require_own_parameters(rank, replica, optimizer)
     for optimizer in optimizers:
@@ -181,9 +182,3 @@ def _require_own_parameters(
             f"optimizer {rank} has parameters that are not replica {rank}'s: make the optimizers "
             "after replicate(), each from its replica's parameters()"
         )
-
-
-def _require_one_a_replica(replicas: Sequence[nn.Module], **lists: Sequence) -> None:
-    if any(len(values) != len(replicas) for values in lists.values()):
-        counts = ", ".join(f"{len(values)} {name}" for name, values in lists.items())
-        raise ValueError(f"{len(replicas)} replicas need as many of each: there are {counts}")

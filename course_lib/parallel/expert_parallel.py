@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from course_lib.parallel.collectives import ring_all_reduce
 from course_lib.parallel.experts import MixtureOfExperts, Routing, combine, dispatch, run_experts
+from course_lib.parallel.inputs import require_one_each
 from course_lib.parallel.kinds import Devices, Tensors
 from course_lib.parallel.regions import exchange
 from course_lib.parallel.sums import are_sums, mark_as_sums
@@ -59,10 +60,10 @@ class ExpertParallel(nn.Module):
             xs_TD: each device's tokens, as many on all.
 
         Raises:
+            TypeError: it is a single tensor.
             ValueError: there is not one for each device, or one has more tokens than another.
         """
-        if len(xs_TD) != len(self.devices):
-            raise ValueError(f"{len(xs_TD)} inputs for {len(self.devices)} devices")
+        require_one_each(xs_TD, len(self.devices), "this layer")
         if len({len(x_TD) for x_TD in xs_TD}) > 1:
             tokens = [len(x_TD) for x_TD in xs_TD]
             raise ValueError(f"every device needs as many tokens as the others, not {tokens}")

@@ -5,7 +5,7 @@ What is wrong is said before any work is done. PyTorch's own words are kept wher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,17 +35,47 @@ def require_devices(devices: Iterable[torch.device | str]) -> list[torch.device]
     return found
 
 
+def require_tensor(value: object, what: str) -> None:
+    """Refuse what is not one tensor, such as a dictionary of several.
+
+    Args:
+        what: says what is one, as in "targets are".
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{what} one tensor, and not a {type(value).__name__}")
+
+
 def require_one_each(tensors: Tensors, count: int, what: str = "this") -> None:
     """Refuse what is not one tensor for each of ``count`` devices.
 
     Raises:
-        TypeError: it is a single tensor, which would be taken for its rows.
+        TypeError: it is a single tensor, which would be taken for its rows, or one is no tensor.
         ValueError: there are more of them, or fewer.
     """
     if isinstance(tensors, Tensor):
         raise TypeError(f"{what} takes a list with one tensor a device, not a single tensor")
     if len(tensors) != count:
         raise ValueError(f"{what} is on {count} devices, and was given {len(tensors)} tensors")
+    for tensor in tensors:
+        require_tensor(tensor, f"{what} takes a list: on each device there is")
+
+
+def require_one_a_replica(replicas: Sequence[nn.Module], **lists: Sequence) -> None:
+    """Refuse lists that have not one item for each replica.
+
+    Raises:
+        TypeError: one is a single tensor, which would be taken for its rows.
+        ValueError: one has more items, or fewer.
+    """
+    for name, values in lists.items():
+        if isinstance(values, Tensor):
+            raise TypeError(f"{name} are a list with one tensor a replica, not a single tensor")
+    if any(len(values) != len(replicas) for values in lists.values()):
+        counts = ", ".join(f"{len(values)} {name}" for name, values in lists.items())
+        raise ValueError(f"{len(replicas)} replicas need as many of each: there are {counts}")
 
 
 def require_one_tensor(output: Any) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from course_lib.parallel.collectives import ring_all_reduce
+from course_lib.parallel.inputs import require_one_a_replica
 from course_lib.parallel.kinds import Loss, Tensors
 
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
@@ -78,12 +79,10 @@ class LocalTraining:
             Each replica's loss, a scalar on its device.
 
         Raises:
+            TypeError: inputs or targets are a single tensor.
             ValueError: there is not one batch for each replica.
         """
-        if not len(inputs) == len(targets) == len(self.replicas):
-            raise ValueError(
-                f"{len(inputs)} inputs and {len(targets)} targets for {len(self.replicas)} replicas"
-            )
+        require_one_a_replica(self.replicas, inputs=inputs, targets=targets)
         losses = []
         for replica, optimizer, x, y in zip(
             self.replicas, self.inner, inputs, targets, strict=True

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from course_lib.parallel.counting import CountedShards, part_of_mean
-from course_lib.parallel.inputs import unchanged_buffers
+from course_lib.parallel.inputs import require_tensor, unchanged_buffers
 from course_lib.parallel.kinds import Loss
 from course_lib.parallel.layer_parallel import LayerParallel
 from course_lib.parallel.schedule_rules import Schedule, check, in_order
@@ -71,8 +71,10 @@ class Pipeline(LayerParallel):
             ValueError: the schedule is illegal or is not for these stages, there are fewer examples
                 than microbatches or other than targets, a BatchNorm (or an InstanceNorm that keeps
                 statistics) would see microbatches, or a stage changes its buffers when recomputed.
-            TypeError: a stage hands on something that is neither a tensor nor a tuple of tensors.
+            TypeError: inputs or targets are not one tensor, or a stage hands on something that is
+                neither a tensor nor a tuple of tensors.
         """
+        require_tensor(inputs, "inputs are")
         check(schedule)
         self._check_same_placement(schedule)
         if schedule.microbatches > 1 or recompute:
@@ -116,8 +118,7 @@ def microbatches_of(targets: Tensor, count: int, device: torch.device | str) -> 
         TypeError: the targets are no tensor.
         ValueError: there are no microbatches.
     """
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"targets are one tensor, and not a {type(targets).__name__}")
+    require_tensor(targets, "targets are")
     if count < 1:
         raise ValueError(f"targets are cut into one microbatch or more: {count}")
     return CountedShards(torch.tensor_split(targets, count), [torch.device(device)] * count)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from course_lib.parallel.collectives import all_reduce
 from course_lib.parallel.counting import counts_of
+from course_lib.parallel.inputs import require_one_a_replica
 
 
 def epoch_order(examples: int, epoch: int, seed: int) -> Tensor:
@@ -73,13 +74,10 @@ def evaluate(
         inputs, labels: one shard a replica, on its device, such as :func:`split_batch` makes.
 
     Raises:
-        TypeError: the labels are a single tensor, or a shard of them is none.
+        TypeError: inputs or labels are a single tensor, or a shard of labels is none.
         ValueError: there is not one shard for each replica, or no example with a label at all.
     """
-    if not len(replicas) == len(inputs) == len(labels):
-        raise ValueError(
-            f"{len(inputs)} inputs and {len(labels)} labels for {len(replicas)} replicas"
-        )
+    require_one_a_replica(replicas, inputs=inputs, labels=labels)
     counts = counts_of(labels)
     if not any(counts):
         raise ValueError("there is no example to evaluate on, or none with a label")

@@ -27,7 +27,12 @@ from course_lib.parallel.flat_unit import (
     with_next,
 )
 from course_lib.parallel.gradient_norm import clip_together
-from course_lib.parallel.inputs import require_devices, require_elementwise, require_one_tensor
+from course_lib.parallel.inputs import (
+    require_devices,
+    require_elementwise,
+    require_one_each,
+    require_one_tensor,
+)
 from course_lib.parallel.kinds import Devices, Loss, MakeOptimizer, OptionsOf, Tensors
 from course_lib.parallel.sharded_state import gather_state, scatter_state
 from course_lib.parallel.unit_exchange import UnitExchange
@@ -139,13 +144,15 @@ class Sharded:
 
         Raises:
             ValueError: there is not one shard of each for every device, or no example at all.
-            TypeError: what goes from one unit to the next, or to the loss, is not one tensor.
+            TypeError: inputs or targets are no list of tensors, or what goes from one unit to the
+                next, or to the loss, is not one tensor.
         """
+        for shards in (inputs, targets):
+            require_one_each(shards, len(self.devices), "this model")
         sizes = [len(y) for y in targets]
-        if not len(inputs) == len(sizes) == len(self.devices) or not any(sizes):
+        if not any(sizes):
             raise ValueError(
-                f"{len(self.devices)} devices need a shard of each, and one example at least: "
-                f"there are {len(inputs)} inputs, and targets of {sizes} examples"
+                "a batch has one example at least: the targets of all shards are empty"
             )
         kept, outs = self._forward(inputs)
         counts = counts_of(targets)

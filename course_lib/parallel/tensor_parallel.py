@@ -148,6 +148,7 @@ class CopiedNorm(nn.Module):
         self.bias = Shards(norm.bias, devices, partial_gradients=sequence_parallel)
 
     def forward(self, xs_TBD: Tensors) -> list[Tensor]:
+        require_one_each(xs_TBD, len(self.weight), "this layer")
         return [
             F.layer_norm(x_TBD, weight.shape, weight, bias, self.eps)
             for x_TBD, weight, bias in zip(xs_TBD, self.weight, self.bias, strict=True)

@@ -24,6 +24,7 @@ from fractions import Fraction
 from torch import Tensor
 from torch.nn import functional as F
 
+from course_lib.parallel.inputs import require_one_each
 from course_lib.parallel.kinds import Tensors
 from course_lib.parallel.regions import exchange
 from course_lib.parallel.sequence_order import require_order
@@ -41,11 +42,13 @@ def ulysses_attention(
         causal: whether a token sees only itself and those before it.
 
     Raises:
+        TypeError: one of them is a single tensor.
         ValueError: there is not one part of each for every device, the heads of queries do not
             divide among the devices, those of keys and values do neither divide them nor divide
             among them, or the parts were split in zigzag order.
     """
     for parts in (qs_BHTK, ks_BHTK, vs_BHTK):
+        require_one_each(parts, len(parts), "Ulysses")
         require_order(parts, zigzag=False)
     if not len(qs_BHTK) == len(ks_BHTK) == len(vs_BHTK) > 0:
         raise ValueError(
