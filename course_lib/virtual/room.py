@@ -70,8 +70,14 @@ def check_output(
     Raises:
         torch.OutOfMemoryError: see :func:`check_room`.
     """
-    if not operator.returns_new or operator.host_waits or machine.backing.type == "meta":
-        return  # nothing; or how much depends on the numbers; or there are none
+    if not operator.returns_new or machine.backing.type == "meta":
+        return  # nothing, or no numbers
+    if operator.name == "masked_select":  # of expanded tensors, as in combinations()
+        x, mask = args
+        repeats = _broadcast(args) // max(mask.numel(), 1)
+        check_room(int(mask.count_nonzero()) * repeats * x.element_size(), memory)
+    if operator.host_waits:
+        return  # how much depends on the numbers
     bound = _BOUNDS.get(operator.func._overloadpacket)
     if bound is not None:
         numbers = bound(*args)
