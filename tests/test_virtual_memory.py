@@ -300,6 +300,12 @@ def test_what_cannot_fit_is_refused_before_the_host_works(name, monkeypatch):
     assert course_lib.memory_in_use(GPU) == 160_000
 
 
+def test_parts_of_large_tensors_that_have_no_numbers_are_multiplied_as_on_the_cpu():
+    x = torch.ones(1000, 1000, device=GPU)
+    assert (x[:, :0] @ x[:0]).cpu().equal(torch.zeros(1000, 1000))
+    assert torch.addmm(x, x[:, :0], x[:0]).cpu().equal(torch.ones(1000, 1000))
+
+
 def test_a_sum_of_equal_shapes_that_cannot_fit_is_refused_before_the_host_works(monkeypatch):
     x, y = (torch.ones(7_000_000, device=GPU) for _ in range(2))
     x[:1] + y[:1]

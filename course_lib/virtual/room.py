@@ -132,18 +132,20 @@ def _indexed(x: torch.Tensor, indices: list, *_: Any) -> int:
     return picked * (x.numel() // max(among, 1))
 
 
+def _product(x: torch.Tensor, columns: int) -> int:
+    return math.prod(x.shape[:-1]) * columns
+
+
 # At most how many numbers come out of operators whose result has more than their tensors together.
 _BOUNDS: dict[Any, Callable[..., int]] = {
-    **dict.fromkeys((aten.mm, aten.bmm), lambda x, y: x.numel() // x.shape[-1] * y.shape[-1]),
-    **dict.fromkeys(
-        (aten.addmm, aten.baddbmm), lambda _, x, y: x.numel() // x.shape[-1] * y.shape[-1]
-    ),
+    **dict.fromkeys((aten.mm, aten.bmm), lambda x, y: _product(x, y.shape[-1])),
+    **dict.fromkeys((aten.addmm, aten.baddbmm), lambda _, x, y: _product(x, y.shape[-1])),
     **dict.fromkeys(
         (aten._cdist_forward, aten._euclidean_dist),
-        lambda x, y, *_: x.numel() // max(x.shape[-1], 1) * y.shape[-2],
+        lambda x, y, *_: _product(x, y.shape[-2]),
     ),
     aten.convolution: lambda x, weight, *_: x.numel() * max(weight.shape[:2]),
-    aten.diag_embed: lambda x, *_: x.numel() * x.shape[-1],
+    aten.diag_embed: lambda x, *_: x.numel() ** 2,
     aten._pdist_forward: lambda x, *_: x.numel() * x.shape[0],
     aten.embedding: lambda weight, indices, *_: indices.numel() * weight.shape[-1],
     aten.index: _indexed,
