@@ -65,6 +65,8 @@ What differs from CUDA in use:
 * a tensor freed while another stream still reads it is not reported: on a GPU its memory could be
   given away, unless ``record_stream`` was called;
 * optimizers run parameter by parameter, as on the CPU, unless they are told ``foreach=True``;
+* a gradient that a hook of a ``grad_fn`` puts on another device is not refused; one of a tensor's
+  hook is;
 * a graph recorded before its model moved hands its gradients to the parameters that were, and the
   parameters where they are now get none of them;
 * a parameter of a virtual GPU is one by ``isinstance(p, nn.Parameter)``, not by ``type(p)``;
