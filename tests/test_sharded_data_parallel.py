@@ -516,6 +516,20 @@ def test_training_goes_on_with_whatever_treats_each_number_by_itself(vgpus, name
     assert largest_difference(second.to_model(), expected) < 1e-9
 
 
+@pytest.mark.parametrize("option", ["fused", "capturable"])
+def test_training_goes_on_where_steps_are_counted_on_the_gpu(vgpus, option: str) -> None:
+    make_optimizer, batches = partial(torch.optim.AdamW, **{option: True}), image_batches(12, 8)
+    first = Sharded(an_mlp(), vgpus[:2], 3, torch.float64, make_optimizer)
+    train(first, batches[:1], F.cross_entropy)
+    state = first.state_dict()
+    assert state["optimizer"]["step"].device.type == "cpu"
+    second = Sharded(an_mlp(), vgpus[:3], 3, torch.float64, make_optimizer)
+    second.load_state_dict(state)
+    train(second, batches[1:], F.cross_entropy)
+    expected = lesson_02(an_mlp(), vgpus[:2], batches, F.cross_entropy, make_optimizer)
+    assert largest_difference(second.to_model(), expected) < 1e-9
+
+
 def test_a_saved_state_is_a_copy(vgpus) -> None:
     sharded = Sharded(an_mlp(), vgpus[:2], 0, torch.float64, ADAMW)
     train(sharded, image_batches(8), F.cross_entropy)

@@ -177,7 +177,13 @@ class Master:
             own = copy.deepcopy(value)
             if isinstance(value, Tensor) and value.dim():
                 own = value[place].to(piece.device, copy=True)
+            elif isinstance(value, Tensor) and self._counts_on_device():
+                own = value.to(piece.device, copy=True)
             self.optimizer.state[piece][key] = own
+
+    def _counts_on_device(self) -> bool:
+        """Whether the optimizer keeps the count of its steps where its kernels read it."""
+        return any(self.optimizer.defaults.get(name) for name in ("fused", "capturable"))
 
 
 def _overlap(stretch: slice, start: int, length: int) -> slice:

@@ -37,7 +37,8 @@ def gather_state(units: Sequence[FlatUnit], is_sharded: bool) -> dict[str, Any]:
                 row = torch.cat([state[key].cpu() for state in states])
                 optimizer.setdefault(key, {}).update(unit.by_name(row))
             else:
-                optimizer[key] = copy.deepcopy(value)
+                own = copy.deepcopy(value)
+                optimizer[key] = own.cpu() if isinstance(own, Tensor) else own
     return {"parameters": parameters, "optimizer": optimizer}
 
 
