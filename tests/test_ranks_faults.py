@@ -123,6 +123,18 @@ def test_what_belongs_to_ranks_that_have_ended_says_so(vgpus):
             use()
 
 
+def test_a_group_that_outlives_its_ranks_keeps_no_tensor_of_theirs(vgpus):
+    def begin(x: torch.Tensor) -> tuple:
+        dist.init_process_group()
+        if os.environ["RANK"] == "0":  # a message that nobody takes
+            dist.isend(torch.ones(2, device="vgpu"), 1)
+        return dist.group.WORLD, torch.ones(4, device="vgpu")
+
+    group = ranks.run(begin, vgpus, torch.ones(8, device="vgpu:0"))[0][0]
+    assert [course_lib.memory_in_use(gpu) for gpu in vgpus] == [0] * 4
+    del group
+
+
 HOOKS = """
 import torch
 from course_lib import devices, ranks  # ranks is imported before there is a virtual GPU

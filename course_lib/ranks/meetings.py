@@ -101,6 +101,10 @@ class Communicator:
         """The ranks of the world that have not come."""
         return [each for place, each in enumerate(self.ranks) if place not in meeting.calls]
 
+    def let_go(self) -> None:
+        """Keep no tensor of a meeting to which somebody did not come."""
+        self._meetings.clear()
+
     def _hold(self, meeting: Meeting) -> None:
         calls = [meeting.calls[rank] for rank in range(meeting.size)]
         moments = [meeting.moments[rank] for rank in range(meeting.size)]

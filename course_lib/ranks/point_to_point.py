@@ -111,6 +111,10 @@ class Exchange:
         self._copy(send, receive, (sender, receiver))
         return post
 
+    def let_go(self) -> None:
+        """Keep no tensor of a message that nobody took."""
+        self._waiting.clear()
+
     def _copy(self, send: Post, receive: Post, way: tuple[int, int]) -> None:
         source, destination = send.tensor, receive.tensor
         if source.numel() != destination.numel() or source.dtype != destination.dtype:

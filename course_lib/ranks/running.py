@@ -113,7 +113,8 @@ class Run:
             if self._bytes_in_use() > held:
                 gc.collect()  # of a process nothing is left either; a model of FSDP2 is a cycle
         self._raise_first()
-        return self._returned
+        returned, self._returned = self._returned, []
+        return returned
 
     def store(self) -> SharedStore:
         """A store of keys and values that all ranks share.
@@ -173,7 +174,11 @@ class Run:
         )
 
     def _let_go(self) -> None:
-        """Keep no tensor: an error that was raised here keeps this object for as long as it is."""
+        """Keep no tensor: an error that was raised here keeps this object for as long as it is, and
+        what DTensor remembers of a mesh, with the groups of the mesh, longer still."""
+        for communicator, exchange in self._points.values():
+            communicator.let_go()
+            exchange.let_go()
         self._points.clear()
         self._pending.clear()
         self._stores.clear()
@@ -183,7 +188,7 @@ class Run:
             _forget_locals(runner.error)
         if self.baton.first_to_fail is not None or self.baton.is_stopping:
             self._returned.clear()
-            self._args = ()
+        self._args = ()
 
     def _raise_first(self) -> None:
         """Raise what ended the rank that failed first."""
