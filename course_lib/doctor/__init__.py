@@ -27,7 +27,15 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from course_lib.doctor.instruments import INSTRUMENTS
-from course_lib.doctor.watching import Alone, MakeOptimizer, Prepare, Run, State, Step, watch
+from course_lib.doctor.watching import (
+    Alone,
+    MakeOptimizer,
+    Prepare,
+    Run,
+    State,
+    TrainingStep,
+    watch,
+)
 from course_lib.parallel.collectives import all_reduce_bytes
 from course_lib.parallel.inputs import require_devices
 from course_lib.parallel.kinds import Devices, Loss
@@ -106,7 +114,7 @@ def examine(
     make_optimizer: MakeOptimizer,
     gpus: Devices,
     *,
-    alone: Callable[[nn.Module], Step] | None = None,
+    alone: Callable[[nn.Module], TrainingStep] | None = None,
     shuffles: bool = False,
     bytes_a_step: int | None = None,
 ) -> Report:
@@ -160,7 +168,7 @@ def examine(
     return report
 
 
-def _prepared(made: Any) -> tuple[Sequence[nn.Module], Step]:
+def _prepared(made: Any) -> tuple[Sequence[nn.Module], TrainingStep]:
     """What ``prepare`` has returned, if it is what it should be."""
     if isinstance(made, list | tuple) and len(made) == 2:
         replicas, step = made

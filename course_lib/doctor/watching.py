@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from course_lib.parallel.kinds import Devices, Loss
 from course_lib.timeline import Trace, trace
 
-Step = Callable[[Tensor, Tensor], object]
-Prepare = Callable[[nn.Module, Devices], tuple[Sequence[nn.Module], Step]]
+TrainingStep = Callable[[Tensor, Tensor], object]
+Prepare = Callable[[nn.Module, Devices], tuple[Sequence[nn.Module], TrainingStep]]
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
 Pairs = list[list[tuple[Tensor, Tensor]]]
 
@@ -103,7 +103,7 @@ class Run:
 def watch(
     run: Run,
     replicas: Sequence[nn.Module],
-    step: Step,
+    step: TrainingStep,
     alone: Alone | None,
     batches: Iterable[tuple[Tensor, Tensor]],
 ) -> Iterator[Run]:
@@ -152,7 +152,7 @@ class Alone:
         model: nn.Module,
         loss_function: Loss,
         make_optimizer: MakeOptimizer,
-        make_step: Callable[[nn.Module], Step] | None,
+        make_step: Callable[[nn.Module], TrainingStep] | None,
     ) -> None:
         self.model = deepcopy(model)
         self.flops, self.threw_dice = 0.0, False

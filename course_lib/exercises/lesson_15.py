@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from course_lib.doctor import INSTRUMENTS, Report
-from course_lib.doctor.watching import Prepare, Step
+from course_lib.doctor.watching import Prepare, TrainingStep
 from course_lib.exercises.broken.cases import CASES
 from course_lib.exercises.broken.named import with_names
 from course_lib.exercises.verdict import Verdict, Wrong, check, right
@@ -86,7 +86,7 @@ def _check(
 
 def _prepared(
     program: Prepare, model: nn.Module, gpus: Devices
-) -> tuple[Sequence[nn.Module], Step]:
+) -> tuple[Sequence[nn.Module], TrainingStep]:
     names = [name for name, _ in model.named_parameters()]
     pair = program(model, gpus)
     is_pair = isinstance(pair, tuple | list) and len(pair) == 2 and callable(pair[1])
@@ -101,7 +101,7 @@ def _prepared(
 
 def _in_one_row(
     program: Prepare, model: nn.Module, gpus: Devices
-) -> tuple[Sequence[nn.Module], Step]:
+) -> tuple[Sequence[nn.Module], TrainingStep]:
     """The program, in which the first layer's parameters must be parts of one row."""
     replicas, step = _prepared(program, model, gpus)
     for rank, replica in enumerate(replicas):
@@ -119,7 +119,7 @@ def _in_one_row(
 
 def _restarted(
     program: Prepare, model: nn.Module, gpus: Devices
-) -> tuple[Sequence[nn.Module], Step]:
+) -> tuple[Sequence[nn.Module], TrainingStep]:
     """The program, whose third step must read what was saved, or train other models."""
     replicas, step = _prepared(program, model, gpus)
     first, read, steps = replicas[0], [], 0

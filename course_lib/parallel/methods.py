@@ -40,10 +40,10 @@ from course_lib.parallel.vocabulary import vocabulary_cross_entropy
 BUCKET_BYTES = 200_000
 
 # Trains on one batch; a read of what it returns makes the host wait.
-Step = Callable[[], list[Tensor]]
+TrainingStep = Callable[[], list[Tensor]]
 
 # Makes a step of (model, devices, tokens, targets, pieces that the batch is computed in).
-Method = Callable[[GPT, Devices, Tensor, Tensor, int], Step]
+Method = Callable[[GPT, Devices, Tensor, Tensor, int], TrainingStep]
 
 
 def adamw(parameters: ParamsT) -> torch.optim.Optimizer:
@@ -57,7 +57,7 @@ def adamw(parameters: ParamsT) -> torch.optim.Optimizer:
 
 def data_parallel_step(
     gpt: GPT, devices: Devices, tokens: Tensor, targets: Tensor, accumulations: int
-) -> Step:
+) -> TrainingStep:
     """Lessons 02 and 03: a replica on each device, gradients in overlapped buckets."""
     replicas, total = replicate(gpt, devices), count_targets(targets)
 
@@ -69,7 +69,7 @@ def data_parallel_step(
 
 def context_parallel_step(
     gpt: GPT, devices: Devices, tokens: Tensor, targets: Tensor, accumulations: int
-) -> Step:
+) -> TrainingStep:
     """Lesson 07: each device has a part of every sequence, and ring attention."""
     model = ContextParallelGPT(gpt, devices)
     model.positions_of(tokens.shape[1], zigzag=True)  # on the devices, as all else, before the step
@@ -88,7 +88,7 @@ def context_parallel_step(
 
 def replicated_step(
     replicas: Sequence[nn.Module], pieces: list[tuple], backward: Callable[..., list[Tensor]]
-) -> Step:
+) -> TrainingStep:
     """Accumulate over the pieces; gradients go round while the last one is computed."""
     buckets = GradientBuckets(list(replicas), BUCKET_BYTES)
     optimizer = adamw(nn.ModuleList(replicas).parameters())
@@ -108,7 +108,7 @@ def replicated_step(
 
 def sharded_step(
     gpt: GPT, devices: Devices, tokens: Tensor, targets: Tensor, accumulations: int, stage: int = 3
-) -> Step:
+) -> TrainingStep:
     """Lesson 08: ZeRO, in float32 like all others here."""
     model, total = Sharded(gpt, devices, stage, torch.float32, adamw), count_targets(targets)
     pieces = _shards(devices, tokens, targets, accumulations)
@@ -127,7 +127,7 @@ def sharded_step(
 
 def pipeline_step(
     gpt: GPT, devices: Devices, tokens: Tensor, targets: Tensor, accumulations: int
-) -> Step:
+) -> TrainingStep:
     """Lesson 05: 1F1B. Each piece is cut again, into two microbatches a stage."""
     depth, stages = len(gpt) - 2, len(devices)
     cuts = [1 + depth * stage // stages for stage in range(1, stages)]
@@ -148,7 +148,7 @@ def pipeline_step(
 
 def tensor_parallel_step(
     gpt: GPT, devices: Devices, tokens: Tensor, targets: Tensor, accumulations: int
-) -> Step:
+) -> TrainingStep:
     """Lessons 06 and 07: layers split by neurons and heads, the rest by sequence."""
     model = ParallelGPT(gpt, devices, sequence_parallel=True)
     optimizer = adamw(model.parameters())

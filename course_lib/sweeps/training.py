@@ -41,7 +41,9 @@ LINKS: dict[str, Network | None] = {
 }
 
 # One step of training, of replicas on their shards.
-Step = Callable[[Tensors, Tensors], None]
+TrainingStep = Callable[[Tensors, Tensors], None]
+# What makes it, of the replicas and a learning rate.
+BeginTraining = Callable[[Sequence[nn.Module], float], TrainingStep]
 
 
 @cache
@@ -106,7 +108,7 @@ class Forgetful:
 
 def summing_step(
     replicas: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer], sums: SumRows
-) -> Step:
+) -> TrainingStep:
     """A data-parallel step whose gradients are summed by ``sums``, all in one row."""
 
     def step(xs: Tensors, ys: Tensors) -> None:
@@ -138,8 +140,8 @@ def adam(rate: float) -> Callable:
     return lambda parameters: torch.optim.AdamW(parameters, lr=rate)
 
 
-def _sum_by(make_sums: Callable[[], SumRows], make_optimizer: Callable) -> Callable:
-    def begin(replicas: Sequence[nn.Module], rate: float) -> Step:
+def _sum_by(make_sums: Callable[[], SumRows], make_optimizer: Callable) -> BeginTraining:
+    def begin(replicas: Sequence[nn.Module], rate: float) -> TrainingStep:
         make = make_optimizer(rate)
         optimizers = [make(replica.parameters()) for replica in replicas]
         return summing_step(replicas, optimizers, make_sums())
@@ -147,8 +149,8 @@ def _sum_by(make_sums: Callable[[], SumRows], make_optimizer: Callable) -> Calla
     return begin
 
 
-def _meet(make_optimizer: Callable, **options: Callable) -> Callable:
-    def begin(replicas: Sequence[nn.Module], rate: float) -> Step:
+def _meet(make_optimizer: Callable, **options: Callable) -> BeginTraining:
+    def begin(replicas: Sequence[nn.Module], rate: float) -> TrainingStep:
         local = LocalTraining(replicas, make_optimizer(rate), PERIOD, **options)
 
         def step(xs: Tensors, ys: Tensors) -> None:
@@ -161,7 +163,7 @@ def _meet(make_optimizer: Callable, **options: Callable) -> Callable:
 
 # For each method: the learning rates that it is tried with, and what begins a run of it.
 _RATES = SGD_RATES[1:]  # 0.05 is slow with all of them
-METHODS: dict[str, tuple[tuple[float, ...], Callable[[Sequence[nn.Module], float], Step]]] = {
+METHODS: dict[str, tuple[tuple[float, ...], BeginTraining]] = {
     "float32": (_RATES, _sum_by(lambda: ring_all_reduce, sgd)),
     "bfloat16": (_RATES, _sum_by(Bfloat16Sums, sgd)),
     "int8": (_RATES, _sum_by(Int8Sums, sgd)),

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 
 from course_lib import CLASSROOM, doctor, hardware
-from course_lib.doctor.watching import MakeOptimizer, Prepare, Step
+from course_lib.doctor.watching import MakeOptimizer, Prepare, TrainingStep
 from course_lib.exercises.broken import chance, meters, split_models, the_sum, who_learns
 from course_lib.exercises.broken.batches import (
     VOCABULARY,
@@ -60,7 +60,7 @@ class Case:
     loss: Loss = F.cross_entropy
     optimizer: MakeOptimizer = PLAIN
     gpu_count: int = 3
-    alone: Callable[[nn.Module], Step] | None = None
+    alone: Callable[[nn.Module], TrainingStep] | None = None
     shuffles: bool = False
     bytes_a_step: int | None = None
 
@@ -89,7 +89,7 @@ def _token_model() -> nn.Module:
     return nn.Sequential(nn.Embedding(VOCABULARY, 32), nn.Linear(32, VOCABULARY))
 
 
-def _clipped(model: nn.Module) -> Step:
+def _clipped(model: nn.Module) -> TrainingStep:
     optimizer = SGD(model.parameters(), lr=0.5)
 
     def step(x: Tensor, y: Tensor) -> None:
@@ -101,7 +101,7 @@ def _clipped(model: nn.Module) -> Step:
     return step
 
 
-def _unfrozen_at_the_third(model: nn.Module) -> Step:
+def _unfrozen_at_the_third(model: nn.Module) -> TrainingStep:
     optimizer, steps = SGD(model.parameters(), lr=0.1), 0
     model[0].requires_grad_(False)  # type: ignore[index]
 

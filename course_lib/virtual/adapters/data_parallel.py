@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from course_lib.virtual.machine import DEVICE_TYPE, machine
 from course_lib.virtual.tensor import device_of
 
-Devices = Sequence[int | torch.device]
+# What nn.DataParallel calls device_ids.
+DeviceIds = Sequence[int | torch.device]
 
 
 def prepare() -> None:
@@ -41,13 +42,13 @@ def _device(device: int | str | torch.device) -> torch.device:
     return device_of(device) if isinstance(device, int) else torch.device(device)
 
 
-def _broadcast(tensor: Tensor, devices: Devices) -> list[Tensor]:
+def _broadcast(tensor: Tensor, devices: DeviceIds) -> list[Tensor]:
     """``tensor`` on each of ``devices``; where it is already, it is itself."""
     return [tensor.to(_device(device)) for device in devices]
 
 
 def _broadcast_coalesced(
-    tensors: Sequence[Tensor], devices: Devices, buffer_size: int
+    tensors: Sequence[Tensor], devices: DeviceIds, buffer_size: int
 ) -> list[list[Tensor]]:
     """For each of ``devices`` all of ``tensors``."""
     return [[tensor.to(_device(device)) for tensor in tensors] for device in devices]
@@ -55,7 +56,7 @@ def _broadcast_coalesced(
 
 def _scatter(
     tensor: Tensor,
-    devices: Devices,
+    devices: DeviceIds,
     chunk_sizes: Sequence[int] | None,
     dim: int,
     streams: Sequence[Any] | None,
