@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from functools import partial
 
 import pytest
 import torch
@@ -124,13 +125,16 @@ def test_what_belongs_to_ranks_that_have_ended_says_so(vgpus):
 
 
 def test_a_group_that_outlives_its_ranks_keeps_no_tensor_of_theirs(vgpus):
-    def begin(x: torch.Tensor) -> tuple:
+    def begin(held: torch.Tensor, given: torch.Tensor) -> tuple:
         dist.init_process_group()
-        if os.environ["RANK"] == "0":  # a message that nobody takes
+        if os.environ["RANK"] == "0":  # a message that nobody takes, a sum to which nobody comes
             dist.isend(torch.ones(2, device="vgpu"), 1)
+            dist.all_reduce(torch.ones(2, device="vgpu"), async_op=True)
         return dist.group.WORLD, torch.ones(4, device="vgpu")
 
-    group = ranks.run(begin, vgpus, torch.ones(8, device="vgpu:0"))[0][0]
+    function = partial(begin, torch.ones(8, device="vgpu:0"))
+    group = ranks.run(function, vgpus, torch.ones(8, device="vgpu:0"))[0][0]
+    del function
     assert [course_lib.memory_in_use(gpu) for gpu in vgpus] == [0] * 4
     del group
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class Run:
         self, function: Callable[..., Any], gpus: list[torch.device], args: tuple[Any, ...]
     ) -> None:
         self.gpus = gpus
-        self._function, self._args = function, args
+        self._call = partial(function, *args)
         self._returned: list[Any] = [None] * len(gpus)
         self._data: dict[str, bytes] = {}
         self._stores: list[SharedStore] = []
@@ -161,7 +162,7 @@ class Run:
         torch.get_device_module(DEVICE_TYPE).set_device(self.gpus[rank])
         distributed.prepare_thread()
         try:
-            self._returned[rank] = self._function(*self._args)
+            self._returned[rank] = self._call()
         except SystemExit as ended:
             if ended.code:
                 raise RuntimeError(f"rank {rank} ended with sys.exit({ended.code!r})") from None
@@ -188,7 +189,7 @@ class Run:
             _forget_locals(runner.error)
         if self.baton.first_to_fail is not None or self.baton.is_stopping:
             self._returned.clear()
-        self._args = ()
+        del self._call  # a function may hold tensors, as its arguments do
 
     def _raise_first(self) -> None:
         """Raise what ended the rank that failed first."""
